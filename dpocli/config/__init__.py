@@ -1,0 +1,1 @@
+"""Every option and every loss, as data. Nothing here imports torch."""
