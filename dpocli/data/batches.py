@@ -55,6 +55,10 @@ class PairBatch:
         names = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
+    def largest_id(self) -> int:
+        """Of all tokens; cheap on the CPU, a synchronisation elsewhere."""
+        return max(int(ids.max()) for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids))
+
     def __len__(self) -> int:
         return len(self.prompt_lengths)
 

@@ -106,6 +106,16 @@ class EncodedPair:
         return len(self.rejected_ids) if self.rejected_mask is None else int(self.rejected_mask.sum())
 
     @property
+    def num_tokens_longer(self) -> int:
+        """Tokens of prompt + the longer side: the width that the pair needs."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+    @property
+    def all_ids(self) -> tuple[TokenIds, TokenIds, TokenIds]:
+        """Prompt, chosen and rejected."""
+        return self.prompt_ids, self.chosen_ids, self.rejected_ids
+
+    @property
     def reference_sums(self) -> tuple[float, float]:
         """Reference log-probs of the chosen and the rejected side (nats), summed in float64 over the tokens that count."""
         assert self.reference is not None

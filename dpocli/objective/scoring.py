@@ -84,6 +84,7 @@ class PairScorer(nn.Module):
                 f"--router-aux-loss-coef: {model.config.model_type} has no experts to route to; leave the option out."
             )
         self.head_kind: HeadKind | LogitMap = probe_head(model)
+        self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
 
     def forward(self, batch: PairBatch) -> TokenLogps:
         """Log-probs of every token of both sides, masked ones included.

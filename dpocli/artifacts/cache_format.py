@@ -1,0 +1,344 @@
+"""How a reference cache lies on disk: tiles and their names, columns, the footer, and the seal over all of it.
+
+Format 1. A part is a Parquet file that any reader of Parquet opens; what `dpocli` adds stands in its key-value
+metadata: the footer (key `dpocli`) and the seal (key `dpocli_seal`), digests that leave no byte unguarded.
+"""
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpocli.artifacts.files import file_error_in_words
+from dpocli.artifacts.fingerprint import Fingerprint
+from dpocli.errors import CacheError, UsageError
+
+FORMAT_VERSION = 1
+ROWS_PER_GROUP = 64
+MAX_LISTED_SKIPS = 256
+"""Skipped rows that a part lists; all of them are counted."""
+
+FOOTER_KEY, SEAL_KEY = b"dpocli", b"dpocli_seal"
+PART_PATTERN = "rows-*.parquet"
+
+_IDS, _MASK, _LOGPS = pa.list_(pa.int32()), pa.list_(pa.bool_()), pa.list_(pa.float32())
+SMALL_COLUMNS = pa.schema(
+    [
+        pa.field("row", pa.int64(), nullable=False),
+        pa.field("pair_id", pa.string(), nullable=False),
+        pa.field("source", pa.string(), nullable=False),
+        pa.field("weight", pa.float32(), nullable=False),
+        pa.field("num_turns", pa.int16(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("chosen_tokens", pa.int32(), nullable=False),
+        pa.field("rejected_tokens", pa.int32(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("ref_chosen_logps", pa.float64()),
+        pa.field("ref_rejected_logps", pa.float64()),
+    ]
+)
+"""What readers load at start. They stand first in each row group, so that one short read fetches them."""
+TOKEN_COLUMNS = pa.schema(
+    [
+        pa.field("prompt_ids", _IDS, nullable=False),
+        pa.field("chosen_ids", _IDS, nullable=False),
+        pa.field("rejected_ids", _IDS, nullable=False),
+        pa.field("chosen_mask", _MASK),
+        pa.field("rejected_mask", _MASK),
+        pa.field("ref_chosen_token_logps", _LOGPS),
+        pa.field("ref_rejected_token_logps", _LOGPS),
+    ]
+)
+
+KeptType = Literal["string", "int", "float", "bool", "json"]
+_KEPT_TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "json": pa.string()}
+_JSON_MARK = {b"dpocli": b"json"}
+
+_SEAL_MARK = b"sha256/128 of the footer, of each row group:"
+_BLANK_DIGEST = b"0" * 32
+_PARQUET_MAGIC = b"PAR1"
+
+
+class DamagedPartError(CacheError):
+    """A part that is not as it was written."""
+
+    def __init__(self, path: Path, found: str) -> None:
+        super().__init__(
+            f"The part {path.name} of the reference cache {path.parent} is damaged: {found}. Run the line that made "
+            f"the cache again; it writes this part anew and keeps the others."
+        )
+
+
+class NewerFormatError(CacheError):
+    """A part that a later version of dpocli wrote."""
+
+    def __init__(self, path: Path, version: int) -> None:
+        super().__init__(
+            f"The reference cache {path.parent} has format {version}; this dpocli reads formats up to {FORMAT_VERSION}. "
+            "Update dpocli, or make the cache anew with this one."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Source rows [start, stop) that make one part."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def file_name(self) -> str:
+        return f"rows-{self.start:010d}-{self.stop:010d}.parquet"
+
+
+def tiles(total_rows: int, rows_per_part: int) -> list[Tile]:
+    """The tiling of [0, total_rows) at multiples of `rows_per_part`, whatever the number of workers."""
+    starts = range(0, total_rows, rows_per_part)
+    return [Tile(index, start, min(start + rows_per_part, total_rows)) for index, start in enumerate(starts)]
+
+
+def describe_directory(directory: Path) -> str | None:
+    """What a directory is that is no cache, where its files tell; None otherwise."""
+    if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
+        return "a model directory"
+    is_run = any((directory / name).exists() for name in ("model", "checkpoints", "metrics.jsonl", "pairs.parquet"))
+    return "the output directory of a run" if is_run else None
+
+
+def cache_schema(kept: Mapping[str, KeptType]) -> pa.Schema:
+    """All columns of a part, kept ones last.
+
+    Raises:
+        UsageError: a kept column has the name of a column of the cache.
+    """
+    own = [*SMALL_COLUMNS, *TOKEN_COLUMNS]
+    if clash := sorted(kept.keys() & {column.name for column in own}):
+        raise UsageError(
+            f"--keep-columns {clash[0]}: the cache has a column of that name of its own. Rename the field in the data, "
+            "or leave it out."
+        )
+    marks = {name: _JSON_MARK if kind == "json" else None for name, kind in kept.items()}
+    return pa.schema([*own, *(pa.field(name, _KEPT_TYPES[kind], metadata=marks[name]) for name, kind in kept.items())])
+
+
+def kept_columns(schema: pa.Schema) -> dict[str, bool]:
+    """Names of the kept columns of a part, each with whether its values are JSON text."""
+    own = {*SMALL_COLUMNS.names, *TOKEN_COLUMNS.names}
+    return {column.name: (column.metadata or {}) == _JSON_MARK for column in schema if column.name not in own}
+
+
+def kept_types(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, KeptType]:
+    """The narrowest type that takes all values of each kept column (null where there are none but None: string).
+
+    Every worker must be given the same rows (the first N of the data, say), so that all parts have one schema.
+    """
+    seen: dict[str, set[KeptType]] = {name: set() for name in names}
+    for row in rows:
+        for name in names:
+            if (value := row.get(name)) is not None:
+                seen[name].add(kept_type(value))
+    return {name: _widest(kinds) for name, kinds in seen.items()}
+
+
+def kept_type(value: Any) -> KeptType:
+    """The narrowest type of a single value."""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if -(2**63) <= value < 2**63 else "json"
+    return "float" if isinstance(value, float) else "string" if isinstance(value, str) else "json"
+
+
+def _widest(kinds: set[KeptType]) -> KeptType:
+    if kinds == {"int", "float"}:
+        return "float"
+    return kinds.copy().pop() if len(kinds) == 1 else "json" if kinds else "string"
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRow:
+    """A source row that gave no pair, as a footer lists it."""
+
+    row: int
+    where: str
+    reason: str
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PartFooter:
+    """What a part says about itself."""
+
+    tile: Tile
+    total_rows: int
+    num_pairs: int
+    fingerprint: Fingerprint
+    skipped: Mapping[str, int]
+    """Number of skipped rows by reason."""
+    skipped_rows: tuple[SkippedRow, ...]
+    """The first of them."""
+    counts: Mapping[str, int]
+    """Sums over the pairs: `truncated` pairs, `prompt_tokens`, `chosen_tokens`, `rejected_tokens`."""
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "format": FORMAT_VERSION,
+                "tile": asdict(self.tile),
+                "total_rows": self.total_rows,
+                "num_pairs": self.num_pairs,
+                "skipped": dict(self.skipped),
+                "skipped_rows": [asdict(row) for row in self.skipped_rows],
+                "counts": dict(self.counts),
+                "fingerprint": self.fingerprint.to_json(),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: bytes) -> "PartFooter":
+        """What `to_json` wrote in this format. Raises KeyError, TypeError or ValueError for anything else."""
+        value = json.loads(text)
+        return cls(
+            tile=Tile(**value["tile"]),
+            total_rows=value["total_rows"],
+            num_pairs=value["num_pairs"],
+            fingerprint=Fingerprint.from_json(value["fingerprint"]),
+            skipped=Counter(value["skipped"]),
+            skipped_rows=tuple(SkippedRow(**row) for row in value["skipped_rows"]),
+            counts=Counter(value["counts"]),
+        )
+
+
+@dataclass(frozen=True)
+class OpenPart:
+    """A part whose footer is as it was written. Not for use by several threads at once."""
+
+    path: Path
+    footer: PartFooter
+    parquet: pq.ParquetFile
+    _source: pa.NativeFile
+    _group_digests: tuple[bytes, ...]
+    _bounds: tuple[int, ...]
+    """Of the row groups in the file, in bytes: see `_group_bounds`."""
+
+    def read_small_columns(self) -> pa.Table:
+        """The columns of SMALL_COLUMNS, guarded by the checksums of their pages."""
+        with _damage_in_words(self.path):
+            return self.parquet.read(columns=SMALL_COLUMNS.names, use_threads=False)
+
+    def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """All or some columns of a row group, guarded by its digest (page checksums leave the page headers open)."""
+        with _damage_in_words(self.path):
+            self._check_group(group)
+            return self.parquet.read_row_group(group, columns=columns, use_threads=False)
+
+    def check(self) -> None:
+        """Raises DamagedPartError unless every byte is as it was written."""
+        with _damage_in_words(self.path):
+            for group in range(len(self._group_digests)):
+                self._check_group(group)
+
+    def _check_group(self, group: int) -> None:
+        start, stop = self._bounds[group : group + 2]
+        if _digest(self._source.read_at(stop - start, start)) != self._group_digests[group]:
+            raise DamagedPartError(self.path, f"row group {group} (bytes {start} to {stop}) has changed")
+
+
+def open_part(path: Path) -> OpenPart:
+    """A part with its footer read and verified.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedPartError: it is not as it was written.
+        NewerFormatError: a later version of dpocli wrote it.
+    """
+    with _damage_in_words(path):
+        source = pa.OSFile(str(path))
+        footer, footer_start = _read_parquet_footer(source, path)
+        _check_footer(footer, path)
+        parquet = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
+        text, sealed = parquet.metadata.metadata[FOOTER_KEY], parquet.metadata.metadata[SEAL_KEY]
+        if (version := json.loads(text)["format"]) > FORMAT_VERSION:
+            raise NewerFormatError(path, version)
+        bounds = _group_bounds(parquet.metadata, footer_start)
+        digests = tuple(re.findall(rb".{32}", sealed.removeprefix(_SEAL_MARK)))[1:]
+        return OpenPart(path, PartFooter.from_json(text), parquet, source, digests, bounds)
+
+
+def blank_seal(num_groups: int) -> bytes:
+    """What stands under SEAL_KEY until `seal` fills it in."""
+    return _SEAL_MARK + _BLANK_DIGEST * (1 + max(num_groups, 1))
+
+
+def seal(file: BinaryIO) -> None:
+    """Fill in the digests of a Parquet file that is written but for them.
+
+    The digest of the footer is taken with its own place blank. This rule holds in all formats to come, so that an
+    older dpocli can tell a newer part from a damaged one.
+    """
+    file.flush()
+    source = pa.PythonFile(file, mode="r")
+    footer, footer_start = _read_parquet_footer(source, Path(file.name))
+    bounds = _group_bounds(pq.read_metadata(source), footer_start)
+    groups = [_digest(source.read_at(stop - start, start)) for start, stop in itertools.pairwise(bounds)]
+    place = footer.rindex(_SEAL_MARK) + len(_SEAL_MARK)
+    after = place + len(_BLANK_DIGEST)
+    assert footer[place:].startswith(_BLANK_DIGEST * (1 + len(groups)))
+    filled = footer[:after] + b"".join(groups) + footer[after + len(_BLANK_DIGEST) * len(groups) :]
+    file.seek(footer_start)
+    file.write(filled[:place] + _digest(filled) + filled[after:])
+
+
+def _read_parquet_footer(source: pa.NativeFile, path: Path) -> tuple[bytes, int]:
+    """The footer of a Parquet file, and where it begins."""
+    size = source.size()
+    tail = source.read_at(min(size, 8), max(size - 8, 0))
+    start = size - 8 - int.from_bytes(tail[:4], "little")
+    if tail[4:] != _PARQUET_MAGIC or start < len(_PARQUET_MAGIC):
+        raise DamagedPartError(path, "it does not end as a Parquet file does")
+    return source.read_at(size - 8 - start, start), start
+
+
+def _check_footer(footer: bytes, path: Path) -> None:
+    place = footer.rfind(_SEAL_MARK) + len(_SEAL_MARK)
+    if place < len(_SEAL_MARK):
+        raise DamagedPartError(path, "it carries no digests, so something else than dpocli wrote it")
+    after = place + len(_BLANK_DIGEST)
+    if _digest(footer[:place] + _BLANK_DIGEST + footer[after:]) != footer[place:after]:
+        raise DamagedPartError(path, "its footer has changed")
+
+
+def _group_bounds(metadata: pq.FileMetaData, footer_start: int) -> tuple[int, ...]:
+    """Where each row group ends and the next begins; the first from byte 0, so that nothing is left out."""
+    columns = [metadata.row_group(group).column(0) for group in range(1, metadata.num_row_groups)]
+    return (0, *(column.dictionary_page_offset or column.data_page_offset for column in columns), footer_start)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest()[: len(_BLANK_DIGEST)].encode()
+
+
+@contextmanager
+def _damage_in_words(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise file_error_in_words(error, f"Reading {path}") from error
+        raise DamagedPartError(path, f"it cannot be read ({type(error).__name__})") from error

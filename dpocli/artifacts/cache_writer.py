@@ -1,0 +1,313 @@
+"""Filling a reference cache: which tiles are missing, and how a tile becomes a part."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from dpocli.artifacts.cache_format import (
+    FOOTER_KEY,
+    MAX_LISTED_SKIPS,
+    PART_PATTERN,
+    ROWS_PER_GROUP,
+    SEAL_KEY,
+    DamagedPartError,
+    KeptType,
+    OpenPart,
+    PartFooter,
+    SkippedRow,
+    Tile,
+    blank_seal,
+    cache_schema,
+    describe_directory,
+    kept_type,
+    open_part,
+    seal,
+    tiles,
+)
+from dpocli.artifacts.files import make_directory, remove_stale_temporaries, write_atomically
+from dpocli.artifacts.fingerprint import Fingerprint, compare
+from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped
+from dpocli.errors import CacheError, DataError, NumericsError, UsageError
+
+_log = logging.getLogger(__name__)
+
+_BESIDE_PARTS = (
+    ".*",
+    "config*.yaml",
+    "status*.json",
+    "summary*.json",
+    "stop",
+    "scratch",
+    "*.log",
+    "*.out",
+    "*.err",
+    "*.txt",
+    "*.md",
+)
+"""What may lie in a directory that is to become a cache: what commands and shell scripts write there."""
+
+
+class CacheWriter:
+    """Fills one cache directory, beside any number of other workers, in any order, any number of times.
+
+    Args:
+        directory: of the cache; created by `check`.
+        fingerprint: of the values to be written.
+        total_rows: source rows, skipped ones included.
+        rows_per_part: source rows in each tile.
+        kept: types of the kept columns (`kept_types`).
+        say: told of damaged parts.
+
+    Raises:
+        UsageError: a kept column has the name of a column of the cache.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        fingerprint: Fingerprint,
+        total_rows: int,
+        rows_per_part: int,
+        kept: Mapping[str, KeptType] | None = None,
+        say: Callable[[str], None] = _log.warning,
+    ) -> None:
+        self.directory = directory
+        self.fingerprint = fingerprint
+        self.total_rows = total_rows
+        self.tiles = tiles(total_rows, rows_per_part)
+        self._kept = dict(kept or {})
+        self._say = say
+        self._schema = cache_schema(self._kept)
+
+    def check(self) -> None:
+        """Make sure that the directory can become, or go on being, the cache of this fingerprint. Creates it.
+
+        Raises:
+            UsageError: it is something else than a cache, or cannot be written.
+            CacheError: it holds parts that were made with other settings.
+        """
+        check_destination(self.directory)
+        make_directory(self.directory)
+        remove_stale_temporaries(self.directory)
+        parts = sorted(self.directory.glob(PART_PATTERN))
+        for path in parts:
+            try:
+                self._check_fingerprint(open_part(path).footer.fingerprint, path)
+            except (DamagedPartError, FileNotFoundError):
+                continue  # `missing` deals with it
+        expected = {tile.file_name for tile in self.tiles}
+        if foreign := [path for path in parts if path.name not in expected]:
+            raise CacheError(
+                f"The reference cache {self.directory} holds {foreign[0].name}, which is no part of it "
+                f"({len(self.tiles)} parts of {self.total_rows:,} rows). Remove that file, or choose another --out."
+            )
+
+    def missing(self, index: int = 0, count: int = 1) -> list[Tile]:
+        """The tiles that worker `index` of `count` has to make: those without a part, or with a damaged one.
+
+        Expected names are opened, since listings lag on some file systems, and every byte of them is verified.
+
+        Raises:
+            CacheError: a part was made with other settings, or by a later version.
+        """
+        return [tile for tile in self.tiles[index::count] if not self.is_present(tile)]
+
+    def is_present(self, tile: Tile) -> bool:
+        """Whether a tile's part is there, every byte as it was written; a damaged one is reported."""
+        try:
+            return self._find(tile, thorough=True) is not None
+        except DamagedPartError as error:
+            self._say(f"{error} It is made anew now.")
+            return False
+
+    def progress(self) -> tuple[int, int]:
+        """(parts present, parts in all), over all workers."""
+        return sum(1 for _ in self.footers()), len(self.tiles)
+
+    def footers(self) -> Iterator[PartFooter]:
+        """The footers of the parts that are there, in order of rows: counts and skipped rows for a summary."""
+        for tile in self.tiles:
+            with suppress(DamagedPartError):
+                if part := self._find(tile, thorough=False):
+                    yield part.footer
+
+    def write(self, tile: Tile, pairs: Sequence[EncodedPair], skipped: Sequence[Skipped] = ()) -> None:
+        """Write the part of a tile: there and complete afterwards, also after a power cut.
+
+        Args:
+            tile: its rows are those of `pairs` and `skipped` together.
+            pairs: in any order; scored exactly if the fingerprint names a reference.
+            skipped: rows that gave no pair.
+
+        Raises:
+            NumericsError: a reference log-prob is not finite.
+            DataError: a kept column holds values of several types.
+            ResourceError: the disk is full.
+            UsageError: the directory cannot be written.
+        """
+        pairs = sorted(pairs, key=lambda pair: pair.row)
+        rows = [*(pair.row for pair in pairs), *(skip.row for skip in skipped)]
+        assert sorted(rows) == list(range(tile.start, tile.stop)), "each row of a tile gives one pair or is skipped"
+        assert all((pair.reference is not None) == self.fingerprint.is_scored for pair in pairs)
+        _check_finite(pairs)
+        footer = self._footer(tile, pairs, skipped)
+        write_atomically(self.directory / tile.file_name, lambda file: self._write_part(file, pairs, footer))
+
+    def _write_part(self, file: BinaryIO, pairs: Sequence[EncodedPair], footer: PartFooter) -> None:
+        groups = [pairs[start : start + ROWS_PER_GROUP] for start in range(0, len(pairs), ROWS_PER_GROUP)]
+        with pq.ParquetWriter(
+            file,
+            self._schema,
+            compression="zstd",
+            use_dictionary=["source", *self._kept],
+            write_statistics=["row", "source"],
+            write_page_checksum=True,
+        ) as parquet:
+            for group in groups:
+                parquet.write_table(self._to_table(group))
+            parquet.add_key_value_metadata({FOOTER_KEY: footer.to_json(), SEAL_KEY: blank_seal(len(groups))})
+        seal(file)
+
+    def _to_table(self, pairs: Sequence[EncodedPair]) -> pa.Table:
+        references = [
+            (None, None) if pair.reference is None else (pair.reference.chosen, pair.reference.rejected)
+            for pair in pairs
+        ]
+        sums = [(None, None) if pair.reference is None else pair.reference_sums for pair in pairs]
+        columns: dict[str, Any] = {
+            "row": [pair.row for pair in pairs],
+            "pair_id": [pair.pair_id for pair in pairs],
+            "source": [_to_utf8(pair.source) for pair in pairs],
+            "weight": [pair.weight for pair in pairs],
+            "num_turns": [min(pair.num_turns, np.iinfo(np.int16).max) for pair in pairs],
+            "prompt_tokens": [len(pair.prompt_ids) for pair in pairs],
+            "chosen_tokens": [len(pair.chosen_ids) for pair in pairs],
+            "rejected_tokens": [len(pair.rejected_ids) for pair in pairs],
+            "truncated": [pair.truncated for pair in pairs],
+            "ref_chosen_logps": [chosen for chosen, _ in sums],
+            "ref_rejected_logps": [rejected for _, rejected in sums],
+            "prompt_ids": _lists([pair.prompt_ids for pair in pairs], np.int32),
+            "chosen_ids": _lists([pair.chosen_ids for pair in pairs], np.int32),
+            "rejected_ids": _lists([pair.rejected_ids for pair in pairs], np.int32),
+            "chosen_mask": _lists([pair.chosen_mask for pair in pairs], np.bool_),
+            "rejected_mask": _lists([pair.rejected_mask for pair in pairs], np.bool_),
+            "ref_chosen_token_logps": _lists([chosen for chosen, _ in references], np.float32),
+            "ref_rejected_token_logps": _lists([rejected for _, rejected in references], np.float32),
+        }
+        for name, kind in self._kept.items():
+            columns[name] = [_encode_kept(pair, name, kind) for pair in pairs]
+        return pa.table(columns, schema=self._schema)
+
+    def _footer(self, tile: Tile, pairs: Sequence[EncodedPair], skipped: Sequence[Skipped]) -> PartFooter:
+        listed = sorted(skipped, key=lambda skip: skip.row)[:MAX_LISTED_SKIPS]
+        return PartFooter(
+            tile=tile,
+            total_rows=self.total_rows,
+            num_pairs=len(pairs),
+            fingerprint=self.fingerprint,
+            skipped=Counter(skip.reason.value for skip in skipped),
+            skipped_rows=tuple(SkippedRow(skip.row, skip.where, skip.reason.value, skip.detail) for skip in listed),
+            counts={
+                "truncated": sum(pair.truncated for pair in pairs),
+                "prompt_tokens": sum(len(pair.prompt_ids) for pair in pairs),
+                "chosen_tokens": sum(len(pair.chosen_ids) for pair in pairs),
+                "rejected_tokens": sum(len(pair.rejected_ids) for pair in pairs),
+            },
+        )
+
+    def _find(self, tile: Tile, *, thorough: bool) -> OpenPart | None:
+        """A tile's part, verified (its footer alone unless `thorough`); None where there is none."""
+        try:
+            part = open_part(self.directory / tile.file_name)
+        except FileNotFoundError:
+            return None
+        self._check_fingerprint(part.footer.fingerprint, part.path)
+        if part.footer.tile != tile:
+            raise DamagedPartError(part.path, f"it holds the rows {part.footer.tile.start} to {part.footer.tile.stop}")
+        if thorough:
+            part.check()
+        return part
+
+    def _check_fingerprint(self, stored: Fingerprint, path: Path) -> None:
+        if not (differences := compare(stored, self.fingerprint)):
+            return
+        raise CacheError(
+            f"The reference cache {self.directory} was made with other settings than these; in {path.name}: "
+            f"{'; '.join(differences)}. Give the settings that it was made with, or another --out, or delete it."
+        )
+
+
+def _lists(arrays: Sequence[NDArray[Any] | None], dtype: type[np.generic]) -> pa.ListArray:
+    """A list column from one array a row, null where there is none."""
+    lengths = [0 if array is None else len(array) for array in arrays]
+    values = [np.empty(0, dtype), *(array.astype(dtype, copy=False) for array in arrays if array is not None)]
+    return pa.ListArray.from_arrays(
+        pa.array(np.cumsum([0, *lengths]), pa.int32()),
+        pa.array(np.concatenate(values)),
+        mask=pa.array([array is None for array in arrays], pa.bool_()),
+    )
+
+
+def _encode_kept(pair: EncodedPair, name: str, kind: KeptType) -> Any:
+    value = pair.kept.get(name)
+    if value is None:
+        return None
+    if kind == "json":
+        return json.dumps(value, default=str)
+    if (found := kept_type(value)) != kind and (found, kind) != ("int", "float"):
+        raise DataError(
+            f"Row {pair.row}: the kept column {name} holds a {type(value).__name__} here and a {kind} in the rows before. "
+            "Make the column uniform, or leave it out of --keep-columns."
+        )
+    return float(value) if kind == "float" else _to_utf8(value) if kind == "string" else value
+
+
+def _to_utf8(text: str) -> str:
+    """The text, with a mark in place of half characters (lone surrogates), which JSON can hold and Parquet cannot."""
+    return text.encode(errors="replace").decode()
+
+
+def _check_finite(pairs: Sequence[EncodedPair]) -> None:
+    bad = [pair.row for pair in pairs if pair.reference is not None and not _is_finite(pair.reference)]
+    if bad:
+        rows = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
+        raise NumericsError(
+            f"The reference gives log-probs that are not finite (NaN or infinity) for the pairs of the rows {rows}. "
+            "Nothing was written for this tile. Try --dtype float32 (or bfloat16 instead of float16), and look at these rows."
+        )
+
+
+def _is_finite(reference: ReferenceLogps) -> bool:
+    return bool(np.isfinite(reference.chosen).all() and np.isfinite(reference.rejected).all())
+
+
+def check_destination(directory: Path) -> None:
+    """Refuse a directory that is something else than a cache; to be called before anything is written there.
+
+    Raises:
+        UsageError: it is a file, a model directory, the output of a run, or holds unrelated files.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--out {directory}: this is a file. Give a directory for the reference cache.")
+    if not directory.exists() or any(directory.glob(PART_PATTERN)):
+        return
+    if (what := describe_directory(directory)) is not None:
+        raise UsageError(
+            f"--out {directory}: this is {what}, not a reference cache. Choose a directory of its own for it."
+        )
+    names = sorted(path.name for path in directory.iterdir())
+    if others := [name for name in names if not any(fnmatch(name, pattern) for pattern in _BESIDE_PARTS)]:
+        raise UsageError(
+            f"--out {directory}: it holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, and no part of "
+            "a reference cache. Choose a new or an empty directory."
+        )

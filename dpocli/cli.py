@@ -1,0 +1,176 @@
+"""The app: three thin commands, and the one place where errors become exit codes.
+
+Nothing heavy is imported before a command runs, so that `--help` answers at once.
+"""
+
+import difflib
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import typer
+
+from dpocli import __version__
+from dpocli.artifacts.run_dir import Outcome, record_failure
+from dpocli.config.models import EvaluateOptions, Options, PrecomputeOptions, TrainOptions
+from dpocli.errors import ExitCode, UsageError
+from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of
+from dpocli.terminal import Terminal, rank_from_environment, silence
+
+OptionsModel = TypeVar("OptionsModel", bound=Options)
+
+app = typer.Typer(
+    name="dpocli",
+    help="Direct Preference Optimization in three commands: precompute the reference, train, evaluate.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _dpocli(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(f"dpocli {__version__}")
+
+
+def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Terminal], None]], None]:
+    """Make a Typer command of a function of options and terminal; its flags are the fields of `model`.
+
+    Typer parses and hands back the work, which is done outside of it: it would make its own of Ctrl-C and broken pipes.
+    """
+
+    def declare(function: Callable[[OptionsModel, Terminal], None]) -> None:
+        def command(**flags: Any) -> Callable[[], None]:
+            options = load_options(model, flags)
+            return lambda: function(options, Terminal(json=options.as_json, rank=rank_from_environment()))
+
+        command.__signature__ = signature_of(model)  # type: ignore[attr-defined]
+        app.command(function.__name__, help=inspect.getdoc(model))(command)
+
+    return declare
+
+
+@_command(PrecomputeOptions)
+def precompute(options: PrecomputeOptions, terminal: Terminal) -> None:
+    """Score every pair with the reference."""
+    from dpocli.commands.precompute import run
+
+    run(options, terminal)
+
+
+@_command(TrainOptions)
+def train(options: TrainOptions, terminal: Terminal) -> None:
+    """Train a policy."""
+    from dpocli.commands.train import run
+
+    run(options, terminal)
+
+
+@_command(EvaluateOptions)
+def evaluate(options: EvaluateOptions, terminal: Terminal) -> None:
+    """Measure a policy."""
+    from dpocli.commands.evaluate import run
+
+    run(options, terminal)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    sys.exit(run_command_line(sys.argv[1:] if arguments is None else arguments))
+
+
+def run_command_line(arguments: Sequence[str]) -> int:
+    """Do what the command line says; every error ends here and becomes an exit code."""
+    try:
+        work = app(checked(arguments or ["--help"]), prog_name="dpocli", standalone_mode=False)
+        if callable(work):
+            work()
+        sys.stdout.flush()
+    except BaseException as error:
+        if _is_broken_pipe(error):
+            silence(sys.stdout)
+            return ExitCode.DONE
+        return _report(error, arguments)
+    return ExitCode.DONE if arguments else ExitCode.USAGE
+
+
+def _is_broken_pipe(error: BaseException) -> bool:
+    """Whether nobody reads any more (`dpocli --help | head`); rich makes a SystemExit of it."""
+    return isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError)
+
+
+def _report(error: BaseException, arguments: Sequence[str]) -> int:
+    outcome = Outcome.of(error)
+    if outcome.exit_code == ExitCode.BUG:
+        traceback.print_exception(error)
+    terminal = Terminal(rank=rank_from_environment())
+    if outcome.exit_code == ExitCode.PREEMPTED:
+        terminal.say(outcome.message)
+    else:
+        terminal.error(outcome.message)
+    _record_early_failure(outcome, arguments, terminal.rank)
+    return outcome.exit_code
+
+
+def _record_early_failure(outcome: Outcome, arguments: Sequence[str], rank: int) -> None:
+    """Replace what an earlier run left in `OUT/status.json`, when this one failed before it came to its directory.
+
+    Else a script that requeues while the state is "preempted" would do so for ever over a misspelled flag.
+    """
+    out = _value_of("--out", arguments)
+    if rank == 0 and out and arguments[0] in COMMANDS:
+        record_failure(Path(out), outcome, arguments[0], _value_of("--shard", arguments) or "0/1")
+
+
+def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+    for argument, following in pairwise([*arguments, ""]):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return value if equals else following
+    return None
+
+
+def checked(arguments: Sequence[str]) -> list[str]:
+    """The command line with every name known, dashes for underscores, and `--flag=value` throughout.
+
+    Typer's own parser comes after this, so that what is wrong is said in our words and exit code 2 is ours.
+    """
+    command = arguments[0]
+    if command in ("--help", "-h", "--version"):
+        return [command]
+    if command.startswith("-"):
+        raise UsageError(f"{command}: the command comes first, {', '.join(COMMANDS)}: dpocli train {command} …")
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the first argument is one of {', '.join(COMMANDS)}."
+        raise UsageError(f"{command}: there is no such command; {hint}")
+    return [command, *_checked_flags(COMMANDS[command], arguments[1:])]
+
+
+def _checked_flags(model: type[Options], arguments: Sequence[str]) -> Iterator[str]:
+    options = options_of(model)
+    switches = {flag for option in options if option.is_switch for flag in option.flags} | {"--help", "-h"}
+    with_value = {option.flag for option in options if not option.is_switch} | {"--config"}
+    remaining = iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        flag = name.replace("_", "-")
+        if flag in switches:
+            if equals:
+                raise UsageError(f"{flag}: takes no value; write {flag} or leave it out.")
+            yield flag
+        elif flag in with_value:
+            if not equals:
+                value = next(remaining, "--")
+                if value.startswith("--"):
+                    raise UsageError(f"{flag}: needs a value ({flag}=VALUE if it begins with dashes).")
+            yield f"{flag}={value}"
+        elif name.startswith("-"):
+            raise UsageError(f"{name}: {explain_unknown(name, model)}")
+        else:
+            raise UsageError(f"{argument}: belongs to no option; one that takes several values is repeated.")

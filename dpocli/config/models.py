@@ -1,0 +1,287 @@
+"""Every option of every command, declared once: flags, `--config` YAML, `--help` and `config.yaml` come from here.
+
+A field's description is its help text; its bounds are its bounds everywhere. Fields are grouped in mix-ins, so that
+what two commands share is one declaration.
+"""
+
+from datetime import date
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from dpocli.config.catalogue import CATALOGUE, LossSpec
+from dpocli.config.foreign import foreign_loss
+from dpocli.errors import UsageError
+
+
+class Panel(StrEnum):
+    """Headings of `--help`."""
+
+    MAIN = "What to do"
+    DATA = "Reading and encoding"
+    LOSS = "Loss"
+    OPTIMIZER = "Optimization"
+    HELD_OUT = "Held-out evaluation"
+    MODEL = "Model and arithmetic"
+    RUN = "Running"
+
+
+def _option(default: Any, panel: Panel, help_text: str, **bounds: Any) -> Any:
+    return Field(default, description=help_text, json_schema_extra={"panel": panel.value}, **bounds)
+
+
+def _split_commas(value: object) -> object:
+    parts = [value] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        return value
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
+
+
+CommaList = Annotated[list[str], BeforeValidator(_split_commas)]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class Options(BaseModel):
+    """Base of the three commands' options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=False, allow_inf_nan=False)
+
+    out: Path = _option(..., Panel.MAIN, "directory to write; running the same line again goes on where it stopped")
+    as_json: bool = _option(
+        False, Panel.RUN, "print the result as one JSON object on stdout and nothing else", alias="json"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", Panel.RUN, "where to compute (auto: CUDA if there is one)")
+    token_budget: int | None = _option(
+        None,
+        Panel.RUN,
+        "tokens per forward pass: memory and speed, never values (default: 4096 on CPU, 16384 on CUDA)",
+        ge=16,
+    )
+
+
+class ModelOptions(BaseModel):
+    """Which model, and in which arithmetic."""
+
+    model: str = _option(..., Panel.MAIN, "model: a local directory or a hub id")
+    revision: str | None = _option(None, Panel.MODEL, "revision of a hub model")
+    trust_remote_code: bool = _option(False, Panel.MODEL, "run code that comes with the model")
+    dtype: Dtype | None = _option(
+        None,
+        Panel.MODEL,
+        "weights and activations in the forward pass (default: the cache's; else bfloat16 on CUDA devices that have it, else float32)",
+    )
+
+
+class DataOptions(BaseModel):
+    """How source rows become pairs of tokens. All of it decides values, so all of it is in the fingerprint."""
+
+    data: list[str] = _option(
+        [],
+        Panel.MAIN,
+        "preference rows: .jsonl, .jsonl.gz, .json, .parquet, a directory of them, or a data set (repeatable)",
+    )
+    data_split: str = _option("train", Panel.DATA, "split of a data set in the datasets format")
+    limit: int | None = _option(None, Panel.DATA, "use only the first N rows", ge=1)
+    prompt_field: str = _option("prompt", Panel.DATA, "name of the prompt field")
+    chosen_field: str = _option("chosen", Panel.DATA, "name of the field with the preferred answer")
+    rejected_field: str = _option("rejected", Panel.DATA, "name of the field with the other answer")
+    keep_columns: CommaList = _option([], Panel.DATA, "columns to carry along, separated by commas")
+    text_as: Literal["text", "messages"] = _option(
+        "text", Panel.DATA, "take text rows as they stand, or wrap them as user and assistant turns"
+    )
+    max_length: int = _option(2048, Panel.DATA, "tokens of prompt + the longer side", ge=2)
+    truncation: Literal["keep-start", "keep-end", "drop"] = _option(
+        "keep-start", Panel.DATA, "what gives way: the ends of the sides, the start of the prompt, or the pair"
+    )
+    scored_turns: Literal["assistant", "all"] = _option(
+        "assistant", Panel.DATA, "which turns of a side of several messages are scored"
+    )
+    template_date: date = _option(date(2025, 1, 1), Panel.DATA, "the date that chat templates print")
+    on_bad_row: Literal["error", "skip"] = _option(
+        "error", Panel.DATA, "stop at a row that cannot be read, or count and list it"
+    )
+    max_skipped: float = _option(0.5, Panel.DATA, "share of rows that may be skipped before it is an error", ge=0, le=1)
+    scratch: Path | None = _option(None, Panel.RUN, "directory for large temporary files (default: inside --out)")
+
+
+class LossOptions(BaseModel):
+    """The loss and its hyperparameters. A hyperparameter that the loss does not use is an error."""
+
+    loss: str | None = _option(
+        None, Panel.LOSS, "loss: " + ", ".join(CATALOGUE) + " (default: dpo; evaluate: the model's)"
+    )
+    beta: float | None = _option(None, Panel.LOSS, "strength of the pull to the reference (default: the paper's)", gt=0)
+    label_smoothing: float | None = _option(None, Panel.LOSS, "assumed share of flipped labels (cDPO)", ge=0, lt=0.5)
+    gamma: float | None = _option(None, Panel.LOSS, "target reward margin of simpo, as in the paper", ge=0)
+    reduction: Literal["mean", "sum"] | None = _option(None, Panel.LOSS, "log-ratios of ipo: per token or per answer")
+
+
+HYPERPARAMETER_FIELDS = tuple(name for name in LossOptions.model_fields if name not in ("loss", "beta"))
+
+
+class LossChoice(BaseModel):
+    """A loss with every number filled in. Stands in `dpocli.json` beside a trained model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    beta: float
+    hyperparameters: dict[str, float | str] = {}
+
+    @property
+    def spec(self) -> LossSpec:
+        return CATALOGUE[self.name]
+
+    @classmethod
+    def from_options(cls, options: LossOptions, default: "LossChoice | None" = None) -> "LossChoice":
+        """The loss that `options` name, with the paper's value for every number not given.
+
+        Args:
+            options: what the user gave.
+            default: the loss, with its numbers, where `options` name none (else `dpo`).
+
+        Raises:
+            UsageError: there is no such loss, or it does not use a hyperparameter that is given.
+        """
+        name = options.loss or (default.name if default else "dpo")
+        if name not in CATALOGUE:
+            elsewhere = foreign_loss(name)
+            hint = f"{elsewhere[0].upper()}{elsewhere[1:]}. There" if elsewhere else "There"
+            raise UsageError(f"--loss {name}: there is no such loss. {hint} are {', '.join(CATALOGUE)}.")
+        spec = CATALOGUE[name]
+        given = {
+            field: getattr(options, field) for field in HYPERPARAMETER_FIELDS if getattr(options, field) is not None
+        }
+        for field in given.keys() - spec.defaults.keys():
+            users = ", ".join(other.name for other in CATALOGUE.values() if field in other.defaults)
+            raise UsageError(f"--{field.replace('_', '-')}: {name} does not use it. Losses that do: {users}.")
+        same = default is not None and default.name == name
+        beta = default.beta if same and default else spec.beta
+        numbers = default.hyperparameters if same and default else spec.defaults
+        return cls(
+            name=name, beta=beta if options.beta is None else options.beta, hyperparameters=dict(numbers) | given
+        )
+
+
+class PrecomputeOptions(ModelOptions, DataOptions, Options):
+    """Score every pair with the frozen reference model, once."""
+
+    shard: str = _option(
+        "0/1", Panel.RUN, "I/N: this worker does the tiles with index I modulo N", pattern=r"^\d+/\d+$"
+    )
+    rows_per_part: int = _option(
+        4096, Panel.RUN, "source rows per Parquet part (the unit that is lost when killed)", ge=1
+    )
+
+    @model_validator(mode="after")
+    def _data_and_shard(self) -> Self:
+        if not self.data:
+            raise ValueError("data: missing; give the preference rows, for example --data prefs.jsonl")
+        index, count = self.worker
+        if not index < count:
+            raise ValueError(f"shard: {self.shard} is no worker; I/N needs 0 <= I < N, so the last of N is N-1/N")
+        return self
+
+    @property
+    def worker(self) -> tuple[int, int]:
+        """(index, count) of this worker."""
+        index, count = self.shard.split("/")
+        return int(index), int(count)
+
+
+class TrainOptions(LossOptions, ModelOptions, DataOptions, Options):
+    """Train a policy on the pairs of a reference cache."""
+
+    reference: Path | None = _option(
+        None, Panel.MAIN, "reference cache that precompute wrote; reference-free losses take --data"
+    )
+    eval_reference: Path | None = _option(None, Panel.HELD_OUT, "reference cache of held-out pairs")
+    eval_fraction: float = _option(
+        0.0, Panel.HELD_OUT, "share of prompts held out of --reference, by a hash of the prompt", ge=0, lt=1
+    )
+    eval_every: int | None = _option(
+        None, Panel.HELD_OUT, "steps between held-out evaluations (default: a tenth of the run)", ge=1
+    )
+    learning_rate: float = _option(5e-7, Panel.OPTIMIZER, "peak learning rate of AdamW", gt=0)
+    batch_size: int | None = _option(
+        None,
+        Panel.OPTIMIZER,
+        "pairs per optimizer step, over all processes (default: 128, at most a tenth of the pairs)",
+        ge=1,
+    )
+    epochs: int | None = _option(None, Panel.OPTIMIZER, "passes over the data (default: 1)", ge=1)
+    max_steps: int | None = _option(None, Panel.OPTIMIZER, "optimizer steps, instead of --epochs", ge=1)
+    lr_schedule: Literal["linear", "cosine", "constant"] = _option(
+        "linear", Panel.OPTIMIZER, "decay of the learning rate after warm-up"
+    )
+    warmup_ratio: float = _option(
+        0.1, Panel.OPTIMIZER, "share of the steps in which the learning rate rises", ge=0, lt=1
+    )
+    weight_decay: float = _option(0.0, Panel.OPTIMIZER, "weight decay of AdamW", ge=0)
+    adam_beta1: float = _option(0.9, Panel.OPTIMIZER, "AdamW: decay of the first moment", ge=0, lt=1)
+    adam_beta2: float = _option(0.999, Panel.OPTIMIZER, "AdamW: decay of the second moment", ge=0, lt=1)
+    adam_epsilon: float = _option(1e-8, Panel.OPTIMIZER, "AdamW: term in the denominator", gt=0)
+    max_grad_norm: float = _option(1.0, Panel.OPTIMIZER, "gradients are scaled down to this norm (0: never)", ge=0)
+    seed: int = _option(0, Panel.OPTIMIZER, "order of the data and everything random", ge=0)
+    gradient_checkpointing: bool = _option(
+        False, Panel.MODEL, "recompute activations in the backward pass: less memory, more time"
+    )
+    model_dropout: bool = _option(
+        False, Panel.MODEL, "keep the model's own dropout in training (default: 0 everywhere)"
+    )
+    router_aux_loss_coef: float = _option(
+        0.0, Panel.MODEL, "weight of a mixture-of-experts router's auxiliary loss (0: off)", ge=0
+    )
+    save_dtype: Dtype | None = _option(None, Panel.MODEL, "dtype of the saved model (default: the source's)")
+    step0_tolerance: float | None = _option(
+        None, Panel.MODEL, "mean difference per token that the step-0 check allows, in nats", gt=0
+    )
+    log_every: int = _option(1, Panel.RUN, "steps between lines of metrics.jsonl", ge=1)
+    save_every: int | None = _option(None, Panel.RUN, "steps between checkpoints (default: a tenth of the run)", ge=1)
+    keep_last: int = _option(2, Panel.RUN, "checkpoints to keep", ge=1)
+    track: CommaList = _option([], Panel.RUN, "also log to: tensorboard, wandb (extras)")
+
+    @model_validator(mode="after")
+    def _inputs_fit_the_loss(self) -> Self:
+        if self.reference and self.data:
+            raise ValueError("data: --reference already holds the encoded pairs; give one of --reference and --data")
+        if self.eval_reference and self.eval_fraction:
+            raise ValueError(
+                "eval_fraction: held-out pairs come from --eval-reference or from --eval-fraction, not both"
+            )
+        if self.epochs and self.max_steps:
+            raise ValueError("max_steps: the length of the run is set by --epochs or by --max-steps, not both")
+        if unknown := set(self.track) - {"tensorboard", "wandb"}:
+            raise ValueError(f"track: {', '.join(sorted(unknown))} is not known; tensorboard and wandb are")
+        if self.eval_every and not (self.eval_reference or self.eval_fraction):
+            raise ValueError("eval_every: there are no held-out pairs; give --eval-reference or --eval-fraction")
+        _no_idle_data_options(self)
+        return self
+
+
+class EvaluateOptions(LossOptions, ModelOptions, DataOptions, Options):
+    """Reward accuracy and margins of a policy over a cache."""
+
+    reference: Path | None = _option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> Self:
+        if bool(self.reference) == bool(self.data):
+            raise ValueError(
+                "reference: give one of --reference (a cache) and --data (rows, for reference-free losses)"
+            )
+        _no_idle_data_options(self)
+        return self
+
+
+def _no_idle_data_options(options: TrainOptions | EvaluateOptions) -> None:
+    """With a cache, nothing is read or encoded, so options about it would be ignored: an error rather than a surprise."""
+    if options.data:
+        return
+    for name, field in DataOptions.model_fields.items():
+        if name not in ("data", "scratch") and getattr(options, name) != field.default:
+            raise ValueError(
+                f"{name}: has no effect here, since the pairs of --reference are encoded; it belongs to precompute"
+            )

@@ -1,0 +1,141 @@
+"""JSON Lines (plain or gzip) and JSON lists: counted and hashed in one pass, read with flat memory."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dpocli.data.json_list import iterate_list
+from dpocli.data.rows import BLOCK_BYTES, RawRow, RowFile, open_binary, open_hashed
+from dpocli.errors import DataError
+
+BOM = b"\xef\xbb\xbf"
+INDEX_STRIDE = 256
+"""Rows between two entries of the byte offset index: what a seek reads for nothing, against memory."""
+
+
+class JsonLines(RowFile):
+    """A `.jsonl` or `.jsonl.gz` file. Blank lines are no rows; line numbers are the true ones."""
+
+    def __init__(self, path: Path, first_row: int):
+        self._path = path
+        self._is_gzip = path.name.endswith(".gz")
+        self._index: list[tuple[int, int]] = []  # (byte offset, line number) of every INDEX_STRIDE-th row
+        num_rows = offset = 0
+        with open_hashed(path) as (file, digest), self._lines(file) as lines:
+            for number, line in enumerate(lines, 1):
+                if not _is_blank(number, line):
+                    if num_rows % INDEX_STRIDE == 0:
+                        self._index.append((offset, number))
+                    num_rows += 1
+                offset += len(line)
+        super().__init__(path.name, first_row, num_rows, digest.hexdigest(), path)
+
+    def seek_point(self, row: int) -> int:
+        return 0 if self._is_gzip else row - row % INDEX_STRIDE
+
+    def items_from(self, seek_point: int) -> Generator[tuple[int, bytes], None, None]:
+        offset, first_number = self._index[seek_point // INDEX_STRIDE]
+        with open_binary(self._path) as file:
+            if self._is_gzip:
+                first_number = 1  # the offset is one of the text, not of the file
+            else:
+                file.seek(offset)
+            with self._lines(file) as lines:
+                for number, line in enumerate(lines, first_number):
+                    if not _is_blank(number, line):
+                        yield number, line
+
+    def to_row(self, row: int, item: tuple[int, bytes]) -> RawRow:
+        number, line = item
+        fields, problem = _parse(line.removeprefix(BOM) if number == 1 else line)
+        return RawRow(self.first_row + row, f"{self.name}:{number}", fields, problem)
+
+    @contextmanager
+    def _lines(self, file: BinaryIO) -> Iterator[Iterable[bytes]]:
+        if not self._is_gzip:
+            yield file
+            return
+        try:
+            with gzip.GzipFile(fileobj=file) as text:
+                yield io.BufferedReader(text, BLOCK_BYTES)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(
+                f"{self._path}: the gzip data is damaged or cut off ({error}). Copy or compress the file again; "
+                f"`gzip -t {self._path.name}` tells whether it is whole."
+            ) from error
+
+
+class JsonList(RowFile):
+    """A `.json` file that holds one list. It is decoded element by element, never as a whole."""
+
+    def __init__(self, path: Path, first_row: int):
+        self._path = path
+        with open_hashed(path) as (file, digest):
+            num_rows = sum(1 for _ in iterate_list(file, str(path)))
+        super().__init__(path.name, first_row, num_rows, digest.hexdigest(), path)
+
+    def seek_point(self, row: int) -> int:  # noqa: ARG002  # elements have no marks to begin at
+        return 0
+
+    def items_from(self, seek_point: int) -> Generator[Any, None, None]:
+        assert seek_point == 0
+        with open_binary(self._path) as file:
+            yield from iterate_list(file, str(self._path))
+
+    def to_row(self, row: int, item: Any) -> RawRow:
+        fields, problem = _object_or_problem(item)
+        problem = problem or _surrogate_problem(json.dumps(item, ensure_ascii=False))
+        return RawRow(self.first_row + row, f"{self.name}: row {row + 1}", None if problem else fields, problem)
+
+
+def open_json(path: Path, first_row: int) -> RowFile:
+    """A `.json` file: a list or, as many publish it under this name, one object per line."""
+    with open_binary(path) as file:
+        start = file.read(4096).removeprefix(BOM).lstrip()
+    return JsonLines(path, first_row) if start[:1] in (b"{", b"") else JsonList(path, first_row)
+
+
+def _is_blank(number: int, line: bytes) -> bool:
+    if number == 1:
+        line = line.removeprefix(BOM)
+    return not line or line.isspace()
+
+
+def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """(fields, None), or (None, what is wrong with the line)."""
+    try:
+        text = line.decode("utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        return None, f"column {error.start + 1}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        return None, f"column {error.colno}: not JSON: {error.msg}; each line must be one JSON object"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON: {error}; each line must be one JSON object"
+    fields, problem = _object_or_problem(value)
+    if "\\ud" in text or "\\uD" in text:
+        problem = problem or _surrogate_problem(json.dumps(value, ensure_ascii=False))
+    return None if problem else fields, problem
+
+
+def _object_or_problem(value: Any) -> tuple[dict[str, Any] | None, str | None]:
+    if isinstance(value, dict):
+        return value, None
+    hint = "; if the file is one JSON list, name it .json" if isinstance(value, list) else ""
+    return None, f"a JSON object with the fields of the row is expected, found {type(value).__name__}{hint}"
+
+
+def _surrogate_problem(text: str) -> str | None:
+    """JSON can spell half a character (`\\ud83d` alone), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        return f"{half} is half of a character; write the whole pair of \\u escapes, or the character itself"
+    return None

@@ -1,0 +1,1 @@
+"""Models, processes, and the training loop."""

@@ -1,0 +1,112 @@
+"""Checkpoints: numbered directories of tensors and JSON, there whole or not at all."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dpocli.artifacts.files import sync_directory
+from dpocli.engine.mesh import Processes
+from dpocli.engine.policy import Policy, place, whole
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"step-(\d+)")
+
+
+def latest(directory: Path) -> tuple[int, Path] | None:
+    """Step and path of the newest checkpoint, or None. A half-written one has another name and is never seen."""
+    found = [(int(match[1]), path) for path in _entries(directory) if (match := _NAME.fullmatch(path.name))]
+    return max(found, default=None)
+
+
+def save(
+    directory: Path,
+    step: int,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep_last: int,
+    processes: Processes,
+) -> None:
+    """Writes `directory/step-N`, then removes the oldest beyond `keep_last`. Every process takes part.
+
+    Args:
+        directory: of all checkpoints of the run.
+        step: the optimizer step that is done.
+        policy: its float32 master weights are saved.
+        optimizer: its moments are saved.
+        state: anything else that JSON can hold.
+        keep_last: how many checkpoints stay.
+        processes: rank 0 writes.
+    """
+    weights = dict(policy.weights())
+    moments = {
+        f"{name}/{key}": whole(value)
+        for name, parameter in policy.parameters()
+        for key, value in sorted(optimizer.state[parameter].items())
+    }
+    if processes.is_first:
+        final = directory / f"step-{step}"
+        temporary = directory / f".step-{step}.{os.getpid()}"
+        temporary.mkdir(parents=True)
+        _write(temporary / "model.safetensors", weights)
+        _write(temporary / "optimizer.safetensors", moments)
+        (temporary / "state.json").write_text(json.dumps({"format": FORMAT_VERSION, "step": step} | state, indent=2))
+        sync_directory(temporary)
+        temporary.rename(final)
+        sync_directory(directory)
+        _remove_old(directory, keep_last)
+    processes.wait()
+
+
+def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Puts weights and moments back, each process taking its part, and returns the rest of the state."""
+    with safe_open(path / "model.safetensors", "pt") as weights, torch.no_grad():
+        for name, parameter in policy.parameters():
+            place(weights.get_tensor(name), parameter)
+    with safe_open(path / "optimizer.safetensors", "pt") as moments, torch.no_grad():
+        keys = list(moments.keys())
+        for name, parameter in policy.parameters():
+            saved = {key.rpartition("/")[2]: key for key in keys if key.rpartition("/")[0] == name}
+            for short, key in saved.items():
+                value = moments.get_tensor(key)
+                # AdamW counts its steps in a scalar; everything else is shaped and sharded like the parameter.
+                optimizer.state[parameter][short] = value if value.dim() == 0 else _like(value, parameter)
+    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    return state
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Clears what a killed writer left behind."""
+    for path in _entries(directory):
+        if path.name.startswith(".step-"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _like(value: Tensor, parameter: Tensor) -> Tensor:
+    moment = torch.zeros_like(parameter)
+    place(value, moment)
+    return moment
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _remove_old(directory: Path, keep_last: int) -> None:
+    steps = sorted(int(match[1]) for path in _entries(directory) if (match := _NAME.fullmatch(path.name)))
+    for step in steps[:-keep_last]:
+        shutil.rmtree(directory / f"step-{step}", ignore_errors=True)
+
+
+def _entries(directory: Path) -> list[Path]:
+    return list(directory.iterdir()) if directory.is_dir() else []

@@ -1,0 +1,111 @@
+"""The processes of a run, as the launcher's environment describes them, and what they say to each other.
+
+One engine: replicas × shards, gloo on CPU and NCCL on GPUs, so that what the tests run is what clusters run.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not listed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dpocli.errors import UsageError
+
+T = TypeVar("T")
+TIMEOUT = timedelta(hours=2)
+"""Rank 0 may hash a large model, or write a checkpoint, while the others wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class Processes:
+    """This process among all. Where there is only one, every exchange returns what it was given."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Element-wise sum over processes."""
+        if self.count > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any process: how all agree on the step at which to stop."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item()) if self.count > 1 else flag
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The items of every process, in order of rank, on every process."""
+        if self.count == 1:
+            return items
+        everywhere: list[list[T]] = [[]] * self.count
+        dist.all_gather_object(everywhere, items)
+        return list(chain.from_iterable(everywhere))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def launched() -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) from the environment of torchrun and its kin."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, count, local_rank = (
+        int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
+    )
+    return rank, count, local_rank
+
+
+def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
+    """The device that this process computes on."""
+    available = torch.cuda.is_available()
+    if choice == "cuda" and not available:
+        raise UsageError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
+    if choice == "cpu" or not available:
+        return torch.device("cpu")
+    _, _, local_rank = launched()
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+@contextmanager
+def joined(device: torch.device, *, even_alone: bool = False) -> Iterator[Processes]:
+    """Joins the process group that the launcher's environment names, and leaves it at the end.
+
+    Args:
+        device: of this process.
+        even_alone: make a group of one where there is no launcher (sharding needs a group).
+    """
+    rank, count, _ = launched()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if count == 1 and not even_alone:
+        yield Processes(0, 1, device)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if count == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield Processes(rank, count, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def replica_mesh(processes: Processes) -> DeviceMesh:
+    """The mesh replicas × shards with every process a replica: data parallelism."""
+    return init_device_mesh(processes.device.type, (processes.count, 1), mesh_dim_names=("replicate", "shard"))

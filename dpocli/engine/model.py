@@ -1,0 +1,199 @@
+"""Models and tokenizers from a directory or the hub, and back into a directory that `from_pretrained` loads."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+import dpocli
+from dpocli.config.models import LossChoice, ModelOptions
+from dpocli.errors import UsageError
+
+# One voice on stderr: the bars and the chatter of the library would stand between our own lines.
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def locate_model(options: ModelOptions) -> Path:
+    """The local directory of `--model`: as given, or the hub's snapshot of it (from the local cache when offline).
+
+    Raises:
+        UsageError: it is no model directory, or cannot be found, or its weights are not safetensors.
+    """
+    given = Path(options.model).expanduser()
+    directory = given if given.exists() else _snapshot(options)
+    if not directory.is_dir():
+        raise UsageError(f"--model {options.model}: this is a file; give the directory that holds config.json.")
+    if not (directory / "config.json").is_file():
+        if any(directory.glob("rows-*.parquet")):
+            raise UsageError(
+                f"--model {options.model}: this is a reference cache, not a model. Give it as --reference, and as "
+                "--model the directory with config.json and the weights."
+            )
+        raise UsageError(f"--model {options.model}: there is no config.json in it, so it is no model directory.")
+    if not any(directory.glob("*.safetensors")):
+        if pickled := sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern)):
+            raise UsageError(
+                f"--model {options.model}: its weights are pickled ({pickled[0]}), which can run code when read. Load "
+                "the model once where you trust it and save it with save_pretrained(…), which writes safetensors."
+            )
+        raise UsageError(f"--model {options.model}: there are no weights (*.safetensors) in it.")
+    return directory
+
+
+def _snapshot(options: ModelOptions) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(options.model, revision=options.revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UsageError(f"--model {options.model}: there is no such directory.") from None
+    except Exception as error:  # the hub raises a different class for each of: no network, no such name, no access
+        raise UsageError(
+            f"--model {options.model}: there is no such directory, and the model hub did not give it either "
+            f"({type(error).__name__}). Check the path, or fetch the model where there is a network."
+        ) from None
+
+
+def load_tokenizer(directory: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the model."""
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"--model {options.model}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+
+
+def pick_dtype(given: str | None, device: torch.device, *, recorded: str | None = None) -> torch.dtype:
+    """The one dtype of the forward pass: as given, else the cache's, else what the device is good at."""
+    if given or recorded:
+        dtype = getattr(torch, given or recorded or "")
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bfloat16 else torch.float32
+
+
+def load_model(directory: Path, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode, on `device`, its parameters in `dtype` and its buffers left alone.
+
+    Raises:
+        UsageError: the weights do not fit the configuration, or the architecture is unknown.
+    """
+    # Its matrix products would round to 10 bits of mantissa, which is not what --dtype float32 says.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise UsageError(f"--model {options.model}: it cannot be loaded: {_first_line(error)}") from None
+    if missing := sorted(report["missing_keys"]):
+        raise UsageError(
+            f"--model {options.model}: {len(missing)} weights that the model needs are not in its files "
+            f"({', '.join(missing[:3])}, …). They would be random. Is it another architecture, or an adapter alone?"
+        )
+    model.eval()
+    return model.to(device)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Sets every dropout, drop path and router jitter of the model to 0, its configuration left as it is."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
+                setattr(module, name, 0.0)
+
+
+def source_dtype(directory: Path) -> torch.dtype:
+    """The dtype in which the model was saved."""
+    config = AutoConfig.from_pretrained(directory)
+    dtype = config.get_text_config().dtype or config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+class Provenance(BaseModel):
+    """`dpocli.json` beside a trained model: how it came about, and what `evaluate` takes as defaults."""
+
+    model_config = ConfigDict(frozen=True)
+
+    format: int = 1
+    loss: LossChoice | None = None
+    trained_from: str | None = None
+    reference_digest: str | None = None
+    """Of the reference that it was trained against; None without one."""
+
+    @classmethod
+    def of(cls, model_directory: Path) -> "Provenance":
+        """Empty for models that dpocli did not train, or whose file it cannot read."""
+        try:
+            return cls.model_validate_json((model_directory / "dpocli.json").read_bytes())
+        except (OSError, ValueError):
+            return cls()
+
+
+def save_model(
+    directory: Path,
+    model: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    provenance: Provenance,
+) -> None:
+    """Writes a model directory: weights in `dtype`, configuration, tokenizer with template, and `dpocli.json`.
+
+    Args:
+        directory: to write into.
+        model: gives the configuration and the names; its own parameters are not looked at.
+        weights: name → full tensor.
+        tokenizer: saved beside.
+        dtype: of the saved weights.
+        provenance: of the model.
+    """
+    config_dtype = model.config.dtype
+    model.config.dtype = dtype
+    try:
+        model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+    finally:
+        model.config.dtype = config_dtype
+    tokenizer.save_pretrained(directory)
+    (directory / "dpocli.json").write_text(provenance.model_dump_json(indent=2) + "\n")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As options and files spell it: `bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware: information beside values, never a reason to refuse them."""
+    import transformers
+
+    return {
+        "dpocli": dpocli.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

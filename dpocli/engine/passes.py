@@ -1,0 +1,105 @@
+"""Pairs through the scorer: which pairs this process takes, in which micro-batches, and what comes out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpocli.artifacts.cache_reader import PairStore
+from dpocli.data.batches import PairBatch, deal, pack
+from dpocli.data.preference import EncodedPair, ReferenceLogps
+from dpocli.engine.mesh import Processes
+from dpocli.errors import UsageError
+from dpocli.objective.logps import TokenLogps
+from dpocli.objective.scoring import PairScorer
+from dpocli.terminal import Progress
+
+DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
+
+_NO_TOKEN = np.zeros(1, dtype=np.int32)
+FILLER = EncodedPair(row=-1, pair_id="", prompt_ids=_NO_TOKEN, chosen_ids=_NO_TOKEN, rejected_ids=_NO_TOKEN)
+"""Goes through the model where a process has no pair left but the others still need it in their collectives."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairView:
+    """Some pairs of a store: the training pairs, or the held-out ones."""
+
+    store: PairStore
+    members: NDArray[np.int64]
+    """Positions in the store, shape (pairs,)."""
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt + the longer side, shape (pairs,)."""
+        return self.store.pair_lengths[self.members]
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """Distinct tokens of each pair, shape (pairs,)."""
+        columns = self.store.columns
+        tokens: NDArray[np.int64] = (
+            columns.prompt_tokens.astype(np.int64) + columns.chosen_tokens + columns.rejected_tokens
+        )
+        return tokens[self.members]
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Of each pair in the loss, shape (pairs,)."""
+        return self.store.weights[self.members].astype(np.float64)
+
+    def load(self, positions: Sequence[int] | NDArray[np.int64]) -> list[EncodedPair]:
+        """The pairs at these positions of the view, in this order."""
+        return self.store.load(self.members[np.asarray(positions, dtype=np.int64)])
+
+
+def reference_logps(
+    scorer: PairScorer, pairs: Sequence[EncodedPair], budget: int, device: torch.device, progress: Progress
+) -> list[EncodedPair]:
+    """The same pairs, in the same order, with the log-probs that the scorer gives them."""
+    scored: list[EncodedPair] = list(pairs)
+    for members in pack([pair.num_tokens_longer for pair in pairs], budget):
+        with torch.no_grad():
+            batch, tokens = score(scorer, [pairs[index] for index in members], device)
+        chosen = np.split(tokens.chosen.cpu().numpy(), np.cumsum(batch.chosen_lengths)[:-1])
+        rejected = np.split(tokens.rejected.cpu().numpy(), np.cumsum(batch.rejected_lengths)[:-1])
+        for index, logps in zip(members, map(ReferenceLogps, chosen, rejected), strict=True):
+            scored[index] = replace(pairs[index], reference=logps)
+        progress.update(pairs=len(members), tokens=batch.num_tokens)
+    return scored
+
+
+def token_budget(given: int | None, device: torch.device) -> int:
+    """Padded tokens per forward pass."""
+    return given or DEFAULT_TOKEN_BUDGET[device.type]
+
+
+def my_passes(
+    view: PairView, positions: NDArray[np.int64], budget: int, processes: Processes
+) -> Iterator[tuple[NDArray[np.int64], list[EncodedPair]]]:
+    """This process's micro-batches of `positions`, loaded. Empty ones are there to keep all processes in step."""
+    lengths = view.lengths[positions].tolist()
+    for members in deal(lengths, processes.count, budget)[processes.rank]:
+        mine = positions[members]
+        yield mine, view.load(mine) if members else []
+
+
+def score(scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device) -> tuple[PairBatch, TokenLogps]:
+    """The scorer's output for `pairs`, and the batch that it belongs to.
+
+    Raises:
+        UsageError: a token has no row in the model's embeddings (on a GPU that would end the process without words).
+    """
+    batch = PairBatch.of(pairs)
+    if (largest := batch.largest_id()) >= scorer.num_embeddings:
+        raise UsageError(
+            f"The model has embeddings for {scorer.num_embeddings:,} token ids, and the data holds the id {largest}: the "
+            "tokenizer beside the model has more tokens than the model. Resize the model's embeddings."
+        )
+    batch = batch.to(device)
+    return batch, scorer(batch)

@@ -1,0 +1,75 @@
+"""The plan that is printed before the first step: what will be done, and what it will take."""
+
+import numpy as np
+import torch
+
+from dpocli.config.models import LossChoice, TrainOptions
+from dpocli.data.batches import deal
+from dpocli.engine.model import dtype_name
+from dpocli.engine.passes import PairView
+from dpocli.engine.policy import Policy
+from dpocli.engine.schedule import Schedule
+from dpocli.terminal import Terminal
+
+MASTER_GRADIENT_AND_MOMENTS = 4 * 4
+"""Bytes a parameter in float32: master weight, gradient, and AdamW's two moments."""
+
+
+def describe(
+    terminal: Terminal,
+    options: TrainOptions,
+    loss: LossChoice,
+    policy: Policy,
+    training: PairView,
+    held_out: PairView | None,
+    schedule: Schedule,
+    dtype: torch.dtype,
+    budget: int,
+) -> None:
+    """Prints pairs, tokens, steps, micro-batches, parameters, expected memory and the loss."""
+    passes = _passes_per_step(training, schedule, policy.processes.count, budget)
+    lengths = training.num_tokens
+    count = policy.processes.count
+    numbers = ", ".join(f"{name} {value}" for name, value in loss.hyperparameters.items())
+    rows: list[list[object]] = [
+        ["loss", f"{loss.name}, beta {loss.beta:g}" + (f", {numbers}" if numbers else "")],
+        ["pairs", f"{len(training):,} to train on" + (f", {len(held_out):,} held out" if held_out else "")],
+        ["tokens", f"{int(lengths.sum()):,} an epoch, {float(lengths.mean()):,.0f} a pair"],
+        [
+            "steps",
+            f"{schedule.num_steps:,} of {schedule.batch_size} pairs "
+            f"({schedule.num_steps / schedule.steps_per_epoch:.3g} epochs)",
+        ],
+        ["micro-batches", f"{passes:.1f} a step and process, of at most {budget:,} padded tokens"],
+        ["learning rate", f"{options.learning_rate:g}, {options.lr_schedule}, warm-up {options.warmup_ratio:g}"],
+        ["parameters", f"{policy.num_parameters():,} trainable, computing in {dtype_name(dtype)}"],
+        [
+            "memory",
+            f"about {_expected_bytes(policy, dtype, budget, options) / 2**30:.1f} GiB on each of {count} process(es)",
+        ],
+    ]
+    terminal.table("Plan", ["", ""], rows)
+    if options.batch_size is None and schedule.batch_size < 128:
+        terminal.say(
+            f"Batch size {schedule.batch_size}: a tenth of the {len(training):,} pairs, so that there are several steps "
+            "(--batch-size sets it)."
+        )
+
+
+def _passes_per_step(view: PairView, schedule: Schedule, count: int, budget: int) -> float:
+    """Mean over a sample of the steps."""
+    sample = np.unique(np.linspace(1, schedule.num_steps, num=min(8, schedule.num_steps), dtype=np.int64))
+    passes = [len(deal(view.lengths[schedule.batch(int(step))].tolist(), count, budget)[0]) for step in sample]
+    return float(np.mean(passes))
+
+
+def _expected_bytes(policy: Policy, dtype: torch.dtype, budget: int, options: TrainOptions) -> float:
+    """A rule of thumb: what every parameter carries, and what a micro-batch leaves behind for the backward pass."""
+    config = policy.scorer.model.config.get_text_config()
+    compute_copy = dtype.itemsize
+    parameters = policy.num_parameters() * (MASTER_GRADIENT_AND_MOMENTS + compute_copy)
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    kept = hidden if options.gradient_checkpointing else 8 * hidden + 4 * inner
+    activations = float(budget * layers * kept * dtype.itemsize)
+    return parameters + activations

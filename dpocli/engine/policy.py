@@ -1,0 +1,80 @@
+"""The policy under training: float32 master weights, a forward pass in `--dtype`, spread over the processes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from dpocli.config.models import TrainOptions
+from dpocli.engine.mesh import Processes, replica_mesh
+from dpocli.engine.model import without_dropout
+from dpocli.objective.scoring import PairScorer
+
+
+class Policy:
+    """A scorer whose parameters can be trained.
+
+    The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the
+    root's forward, where it is a plain tensor. The mixed-precision policy makes the forward pass equal to a plain load
+    in that dtype, which autocast does not.
+    """
+
+    def __init__(self, scorer: PairScorer, options: TrainOptions, dtype: torch.dtype, processes: Processes) -> None:
+        if not options.model_dropout:
+            without_dropout(scorer)
+        scorer.train()
+        if options.gradient_checkpointing:
+            # The name changed in transformers 5.2x.
+            enable = getattr(
+                scorer.model, "activation_checkpointing_enable", scorer.model.gradient_checkpointing_enable
+            )
+            enable({"use_reentrant": False})
+        self.scorer = scorer
+        self.processes = processes
+        mesh = replica_mesh(processes)
+        inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        for layer in decoder_layers(scorer):
+            fully_shard(layer, mesh=mesh, mp_policy=inner, reshard_after_forward=False)
+        fully_shard(scorer, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
+
+    def reduce_gradients_on_backward(self, now: bool) -> None:
+        """With several replicas, gradients travel once a step, with its last micro-batch."""
+        assert isinstance(self.scorer, FSDPModule)
+        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names as the source model knows them, each tensor once."""
+        yield from self.scorer.model.named_parameters()
+
+    def num_parameters(self) -> int:
+        """Trainable ones."""
+        return sum(parameter.numel() for _, parameter in self.parameters() if parameter.requires_grad)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Full float32 tensors on the CPU, one at a time. Every process must go through them."""
+        for name, parameter in self.parameters():
+            yield name, whole(parameter.detach())
+
+
+def decoder_layers(scorer: PairScorer) -> list[nn.Module]:
+    """The repeated blocks of the model, by transformers' own list of what must not be split."""
+    names = set(getattr(scorer.model, "_no_split_modules", None) or ())
+    return [module for module in scorer.model.modules() if type(module).__name__ in names]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor of a sharded one, on the CPU, in memory of its own."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().clone()
+
+
+def place(value: Tensor, into: Tensor) -> None:
+    """Copies a full tensor into a sharded one, each process taking its part."""
+    if isinstance(into, DTensor):
+        mine = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
+        into.to_local().copy_(mine.to_local())
+    else:
+        into.copy_(value)

@@ -1,0 +1,65 @@
+"""Which pairs make up each step, and with which learning rate. A function of (seed, step) alone: nothing to save."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import get_scheduler
+
+from dpocli.config.models import TrainOptions
+from dpocli.errors import DataError, UsageError
+
+DEFAULT_BATCH_SIZE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The steps of a run: each epoch is a uniform random permutation of the pairs, cut into global batches."""
+
+    num_pairs: int
+    batch_size: int
+    num_steps: int
+    seed: int
+
+    @classmethod
+    def plan(cls, options: TrainOptions, num_pairs: int, num_processes: int) -> "Schedule":
+        """Raises UsageError where a global batch has fewer pairs than there are processes."""
+        if not num_pairs:
+            raise DataError("There is no pair to train on: every pair is held out or was skipped.")
+        batch_size = min(options.batch_size or default_batch_size(num_pairs), num_pairs)
+        if batch_size < num_processes:
+            raise UsageError(
+                f"--batch-size {batch_size}: fewer pairs a step than the {num_processes} processes. It counts pairs over "
+                "all processes; give a multiple of their number."
+            )
+        steps_per_epoch = math.ceil(num_pairs / batch_size)
+        return cls(num_pairs, batch_size, options.max_steps or steps_per_epoch * (options.epochs or 1), options.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.num_pairs / self.batch_size)
+
+    def batch(self, step: int) -> NDArray[np.int64]:
+        """The pairs of step 1, 2, …: positions into the training pairs. The last batch of an epoch may be smaller."""
+        epoch, place = divmod(step - 1, self.steps_per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+
+def default_batch_size(num_pairs: int) -> int:
+    """128, but at most a tenth of the pairs, so that a small data set still gets several steps."""
+    return max(1, min(DEFAULT_BATCH_SIZE, num_pairs // 10))
+
+
+def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], float]:
+    """Learning rate of step 1, 2, …, from transformers' schedules.
+
+    Those are 0 at their first and last point; the steps are laid between the two, so that no batch is wasted.
+    """
+    throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    warmup = math.ceil(options.warmup_ratio * num_steps)
+    factor = get_scheduler(options.lr_schedule, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
+    return lambda step: options.learning_rate * float(factor.lr_lambdas[0](step))

@@ -1,0 +1,85 @@
+"""The step-0 check: before the first step, the live policy must give what the cache says it gives.
+
+Judged per token, because sums over an answer carry several tenths of a nat of bfloat16 noise.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dpocli.engine.mesh import Processes
+from dpocli.engine.passes import FILLER, PairView, my_passes, score
+from dpocli.objective.scoring import PairScorer
+
+NUM_DRAWN, NUM_LONGEST = 32, 4
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
+"""Mean |difference| per token, nats. The signed mean may be a quarter of it: noise has no direction, a mistake has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step0:
+    """Live minus cached log-probs, over the checked pairs."""
+
+    mean: float
+    """Mean |Δ| per token, nats."""
+    signed_mean: float
+    """Mean Δ per token, nats."""
+    worst_row: int
+    """Source row of the pair with the largest mean |Δ|."""
+    worst_mean: float
+    num_pairs: int
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.mean <= self.tolerance and abs(self.signed_mean) <= self.tolerance / 4
+
+    def __str__(self) -> str:
+        return (
+            f"mean |difference| {self.mean:.2e} nats per token, signed {self.signed_mean:+.2e} over {self.num_pairs} "
+            f"pairs, worst pair row {self.worst_row} ({self.worst_mean:.2e}); allowed {self.tolerance:g}"
+        )
+
+
+def measure(
+    scorer: PairScorer, view: PairView, seed: int, budget: int, tolerance: float, processes: Processes
+) -> Step0:
+    """Scores 32 pairs drawn by the seed and the 4 longest with the live model, beside their cached values."""
+    positions = chosen_positions(view, seed)
+    per_pair: list[tuple[int, float, float, int]] = []
+    with torch.no_grad():
+        for _, pairs in my_passes(view, positions, budget, processes):
+            batch, tokens = score(scorer, pairs or [FILLER], processes.device)
+            chosen, rejected = tokens.chosen.cpu().numpy(), tokens.rejected.cpu().numpy()
+            ends = zip(np.cumsum(batch.chosen_lengths), np.cumsum(batch.rejected_lengths), strict=True)
+            for pair, (chosen_end, rejected_end) in zip(pairs, ends, strict=False):
+                assert pair.reference is not None
+                live = np.concatenate(
+                    [
+                        chosen[chosen_end - len(pair.chosen_ids) : chosen_end],
+                        rejected[rejected_end - len(pair.rejected_ids) : rejected_end],
+                    ]
+                ).astype(np.float64)
+                delta = live - np.concatenate([pair.reference.chosen, pair.reference.rejected])
+                per_pair.append((pair.row, float(np.abs(delta).sum()), float(delta.sum()), len(delta)))
+    everywhere = processes.gather(per_pair)
+    num_tokens = sum(count for *_, count in everywhere)
+    # NaN must lose every comparison below, so it counts as the worst.
+    worst = max(everywhere, key=lambda entry: np.nan_to_num(entry[1] / entry[3], nan=np.inf))
+    return Step0(
+        mean=sum(absolute for _, absolute, _, _ in everywhere) / num_tokens,
+        signed_mean=sum(signed for _, _, signed, _ in everywhere) / num_tokens,
+        worst_row=worst[0],
+        worst_mean=worst[1] / worst[3],
+        num_pairs=len(everywhere),
+        tolerance=tolerance,
+    )
+
+
+def chosen_positions(view: PairView, seed: int) -> NDArray[np.int64]:
+    """Positions in the view of the pairs to check."""
+    drawn = np.random.default_rng([seed, 0x57E9]).permutation(len(view))[:NUM_DRAWN]
+    longest = np.argsort(-view.lengths, kind="stable")[:NUM_LONGEST]
+    return np.unique(np.concatenate([drawn, longest]))

@@ -1,0 +1,73 @@
+"""Metrics to TensorBoard and Weights & Biases, for those who ask for it with `--track`."""
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from dpocli.config.models import TrainOptions
+from dpocli.errors import UsageError
+
+
+class Trackers:
+    """Sends each logged row to the trackers of `--track`; from one process only."""
+
+    def __init__(self, options: TrainOptions, *, enabled: bool) -> None:
+        self._sinks = [_OPENERS[name](options) for name in options.track] if enabled else []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for _, close in self._sinks:
+            close()
+
+    def log(self, row: Mapping[str, float]) -> None:
+        """One row of `metrics.jsonl`."""
+        for write, _ in self._sinks:
+            write(row)
+
+
+_Sink = tuple[Callable[[Mapping[str, float]], None], Callable[[], None]]
+
+
+def _tensorboard(options: TrainOptions) -> _Sink:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise _missing("tensorboard") from None
+    writer: Any = SummaryWriter(str(options.out / "tensorboard"))
+
+    def write(row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                writer.add_scalar(name, value, int(row["step"]))
+        writer.flush()
+
+    return write, writer.close
+
+
+def _wandb(options: TrainOptions) -> _Sink:
+    try:
+        import wandb
+    except ImportError:
+        raise _missing("wandb") from None
+    # The name of the directory names the run, so that a resumed run goes on in the same curves.
+    run = wandb.init(
+        project="dpocli",
+        id=options.out.resolve().name,
+        resume="allow",
+        dir=str(options.out),
+        config=options.model_dump(mode="json"),
+    )
+    return lambda row: run.log(dict(row), step=int(row["step"])), run.finish
+
+
+_OPENERS: Mapping[str, Callable[[TrainOptions], _Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+def _missing(name: str) -> UsageError:
+    return UsageError(
+        f"--track {name}: it is not installed. `pip install 'dpocli[trackers]'`, or leave the option out."
+    )

@@ -1,0 +1,274 @@
+"""One declaration of the options (`config.models`) serves the flags, `--config FILE.yaml`, `--help` and `config.yaml`.
+
+Flags and YAML both arrive here as text and pydantic alone parses them: one place for bounds, one wording for errors.
+"""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from dpocli import __version__
+from dpocli.config.foreign import foreign_option
+from dpocli.config.models import EvaluateOptions, Options, Panel, PrecomputeOptions, TrainOptions
+from dpocli.errors import UsageError
+
+Text = str | bool | list[str]
+"""A value as flags and YAML give it."""
+
+OptionsModel = TypeVar("OptionsModel", bound=Options)
+
+COMMANDS: Mapping[str, type[Options]] = {
+    "precompute": PrecomputeOptions,
+    "train": TrainOptions,
+    "evaluate": EvaluateOptions,
+}
+
+COMMAND_LINE_ONLY = "as_json"
+"""How a result is printed says nothing about how it came about, so it does not stand in `config.yaml`."""
+
+METAVARS: Mapping[Any, str] = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", date: "YYYY-MM-DD"}
+EXPECTED: Mapping[str, str] = {
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_parsing": "must be true or false",
+    "date_from_datetime_parsing": "must be a date such as 2025-01-31",
+    "date_parsing": "must be a date such as 2025-01-31",
+    "string_pattern_mismatch": "not understood; {description}",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "is not one of {expected}",
+}
+"""pydantic's kinds of errors in our words; kinds not listed keep pydantic's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option as users write it."""
+
+    field: str
+    key: str
+    """Name in YAML, with underscores."""
+    info: FieldInfo
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.key.replace("_", "-")
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        return (self.flag, self.flag.replace("--", "--no-", 1)) if self.is_switch else (self.flag,)
+
+    @property
+    def kind(self) -> Any:
+        """The type less `| None`."""
+        annotation = self.info.annotation
+        if get_origin(annotation) in (Union, UnionType):
+            (annotation,) = (kind for kind in get_args(annotation) if kind is not NoneType)
+        return annotation
+
+    @property
+    def is_switch(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.kind) is list
+
+    @property
+    def metavar(self) -> str | None:
+        if self.is_switch:
+            return None
+        if get_origin(self.kind) is Literal:
+            return "|".join(get_args(self.kind))
+        return METAVARS[get_args(self.kind)[0] if self.is_list else self.kind]
+
+    @property
+    def help(self) -> str:
+        """Description and default; brackets would be taken for markup by rich."""
+        text = self.info.description or ""
+        if self.info.is_required():
+            text += " (required)"
+        elif self.info.default not in (None, [], False):
+            text += f" (default: {self.info.default})"
+        return text.replace("[", r"\[")
+
+    @property
+    def panel(self) -> Panel:
+        extra = self.info.json_schema_extra
+        assert isinstance(extra, dict)
+        return Panel(str(extra["panel"]))
+
+
+def options_of(model: type[Options]) -> list[Option]:
+    """Every option of a command, by panel; in each the required ones come first, then as declared."""
+    declared = [Option(name, info.alias or name, info) for name, info in model.model_fields.items()]
+    return sorted(declared, key=lambda option: (list(Panel).index(option.panel), not option.info.is_required()))
+
+
+def signature_of(model: type[Options]) -> inspect.Signature:
+    """What Typer needs to know: a keyword-only parameter per option, and `config`. Absent flags arrive as None."""
+    parameters = [
+        _parameter("config", str, "--config", "PATH", "YAML file with options; flags override it", Panel.MAIN)
+    ]
+    for option in options_of(model):
+        kind = bool if option.is_switch else list[str] if option.is_list else str
+        parameters.append(
+            _parameter(option.field, kind, "/".join(option.flags), option.metavar, option.help, option.panel)
+        )
+    return inspect.Signature(parameters)
+
+
+def _parameter(
+    name: str, kind: Any, flags: str, metavar: str | None, help_text: str, panel: Panel
+) -> inspect.Parameter:
+    declared = typer.Option(flags, metavar=metavar, help=help_text, rich_help_panel=panel.value, show_default=False)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, declared]
+    )
+
+
+def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) -> OptionsModel:
+    """The options of a command: defaults < `--config` < flags.
+
+    Args:
+        model: which command's.
+        flags: field name → text; None where a flag was not given; `config` is the YAML file.
+
+    Raises:
+        UsageError: something is missing, unknown or impossible; a line for each.
+    """
+    entries = {
+        option.field: _Entry(option, value, option.flag)
+        for option in options_of(model)
+        if (value := flags.get(option.field)) not in (None, [])
+    }
+    if (config := flags.get("config")) is not None:
+        entries = _read_yaml(Path(str(config)), model) | entries
+    for entry in entries.values():
+        if entry.value == "" or (isinstance(entry.value, list) and "" in entry.value):
+            raise UsageError(f"{entry.place}: the value is empty (a shell variable that is not set?).")
+    try:
+        return model.model_validate({entry.option.key: entry.value for entry in entries.values()})
+    except ValidationError as error:
+        told = [_describe(detail, model, entries) for detail in error.errors()]
+        raise UsageError("\n".join(dict.fromkeys(told))) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A value that was given, and where."""
+
+    option: Option
+    value: Text
+    place: str
+    """How an error about it begins: the flag, or file, line and key."""
+
+
+def _describe(detail: ErrorDetails, model: type[Options], entries: Mapping[str, _Entry]) -> str:
+    """One of pydantic's errors as a sentence that begins with where the value was given."""
+    options = {name: option for option in options_of(model) for name in (option.field, option.key)}
+    context = detail.get("ctx", {})
+    if not detail["loc"]:  # a validator of the whole model, which begins its message with the name of the field
+        name, _, what = str(context["error"]).partition(": ")
+        entry = entries.get(options[name].field)
+        return f"{entry.place if entry else options[name].flag}: {what}."
+    option = options[str(detail["loc"][0])]
+    if detail["type"] == "missing":
+        return f"{option.flag}: missing; give the {(option.info.description or '').partition(';')[0]}."
+    expected = EXPECTED.get(detail["type"])
+    what = expected.format(**context, description=option.info.description) if expected else detail["msg"]
+    return f"{entries[option.field].place} {detail['input']}: {what}."
+
+
+def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
+    """The options in a YAML file. Numbers stay text, so that 5e-7, which YAML 1.1 takes for a string, is one too."""
+    root = _parse_yaml(path)
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"--config {path}: holds no options; it must be lines of the form `batch_size: 64`.")
+    options = {option.key: option for option in options_of(model)}
+    entries: dict[str, _Entry] = {}
+    seen: dict[str, int] = {}
+    for key_node, value_node in root.value:
+        key = str(key_node.value).replace("-", "_")
+        place = f"{path}:{key_node.start_mark.line + 1}: {key}"
+        if key not in options:
+            raise UsageError(f"{place}: {explain_unknown(key, model)}")
+        if key in seen:
+            raise UsageError(f"{place}: given twice, first in line {seen[key]}; leave one of them.")
+        seen[key] = key_node.start_mark.line + 1
+        if (value := _yaml_value(value_node, options[key], place)) is not None:
+            entries[options[key].field] = _Entry(options[key], value, place)
+    return entries
+
+
+def _parse_yaml(path: Path) -> yaml.Node | None:
+    try:
+        return yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {path}: is not UTF-8 text, so it is no YAML file.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UsageError(f"{path}{line}: is not valid YAML: {error.problem}.") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: is not valid YAML: {error}.") from error
+
+
+def _yaml_value(node: yaml.Node, option: Option, place: str) -> Text | None:
+    """The text of a value; None for null, which leaves an option at its default."""
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag == "tag:yaml.org,2002:null":
+            return None
+        return [str(node.value)] if option.is_list else str(node.value)
+    items = node.value if option.is_list and isinstance(node, yaml.SequenceNode) else [node]
+    if all(isinstance(item, yaml.ScalarNode) for item in items):
+        return [str(item.value) for item in items]
+    takes = "a value or a list of values" if option.is_list else "one value"
+    raise UsageError(f"{place}: takes {takes}.")
+
+
+def explain_unknown(name: str, model: type[Options]) -> str:
+    """What to say about an option that `model` has not: its equivalent here, whose it is, or the nearest name."""
+    key = name.strip("-").replace("-", "_").lower()
+    if hint := foreign_option(key) or foreign_option(key.removeprefix("no_")):
+        return f"this is a name from another tool. Here, {hint}."
+    if users := [command for command, other in COMMANDS.items() if any(key == o.key for o in options_of(other))]:
+        return f"this is no option of this command; it belongs to {' and '.join(users)}."
+    known = {option.key: option.flag if name.startswith("-") else option.key for option in options_of(model)}
+    near = difflib.get_close_matches(key, known, n=1)
+    return "there is no such option" + (f"; did you mean {known[near[0]]}?" if near else ".")
+
+
+def dump_yaml(options: Options, command: str) -> str:
+    """The `config.yaml` of a command. Given back with --config, it reproduces the command.
+
+    The defaults are written out below what was given, since those of a later version may be others.
+    """
+    values = options.model_dump(mode="json", by_alias=True, exclude={COMMAND_LINE_ONLY}, exclude_none=True)
+    given = {option.key for option in options_of(type(options)) if option.field in options.model_fields_set}
+    return (
+        f"# dpocli {command}, version {__version__}. To do the same again: dpocli {command} --config THIS_FILE\n"
+        + _as_yaml({key: value for key, value in values.items() if key in given})
+        + "\n# Left at their defaults:\n"
+        + _as_yaml({key: value for key, value in values.items() if key not in given and value != []})
+    )
+
+
+def _as_yaml(values: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)) if values else ""

@@ -1,0 +1,254 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from dpocli import __version__, errors
+from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.cli import run_command_line
+from dpocli.options import COMMANDS, options_of
+
+TRAIN = ["train", "--model", "m", "--out", "o"]
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """Stands in for the three commands: remembers the options; calls `act` if a test sets it."""
+    calls = SimpleNamespace(options=None, act=lambda options, terminal: None)
+
+    def run(options, terminal):
+        calls.options = options
+        calls.act(options, terminal)
+
+    for name in COMMANDS:
+        monkeypatch.setitem(sys.modules, f"dpocli.commands.{name}", SimpleNamespace(run=run))
+    return calls
+
+
+@pytest.fixture
+def fails(capsys, commands):
+    """Runs a command line that is wrong: gives what it says about it, after checking how it says it."""
+
+    def check(*arguments, code=errors.ExitCode.USAGE):
+        assert run_command_line(arguments) == code
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "Traceback" not in err
+        assert err.startswith("error: ")
+        return err
+
+    return check
+
+
+def dpocli(*arguments, **how):
+    return subprocess.run([sys.executable, "-m", "dpocli", *arguments], capture_output=True, text=True, **how)
+
+
+# what the commands are given
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_gets_its_options(commands, command):
+    assert run_command_line([command, "--model", "m", "--out", "o", "--data", "d", "--data", "e,f"]) == 0
+    assert type(commands.options) is COMMANDS[command]
+    assert commands.options.data == ["d", "e,f"]
+
+
+@pytest.mark.parametrize("spelling", [["--batch-size", "8"], ["--batch_size", "8"], ["--batch_size=8"]])
+def test_underscores_are_dashes_in_names(commands, spelling):
+    assert run_command_line([*TRAIN, *spelling]) == 0
+    assert commands.options.batch_size == 8
+
+
+def test_values_are_left_as_they_stand(commands):
+    assert (
+        run_command_line([*TRAIN, "--reference", "a_b=c", "--revision=--x_y", "--prompt-field", "-p"])
+        == errors.ExitCode.USAGE
+    )
+    assert run_command_line(["precompute", "--model", "a_b=c", "--out=--x_y", "--data", "-p"]) == 0
+    assert (commands.options.model, str(commands.options.out), commands.options.data) == ("a_b=c", "--x_y", ["-p"])
+
+
+def test_switches_are_pairs(commands, tmp_path):
+    config = tmp_path / "c.yaml"
+    config.write_text("model_dropout: true\ngradient_checkpointing: true\n")
+    assert run_command_line([*TRAIN, "--config", str(config), "--no-model-dropout"]) == 0
+    assert (commands.options.model_dropout, commands.options.gradient_checkpointing) == (False, True)
+
+
+def test_json_and_rank_reach_the_terminal(commands, capsys, monkeypatch):
+    commands.act = lambda options, terminal: terminal.result({"pairs": 3}, lambda printer: printer.say("three"))
+    assert run_command_line([*TRAIN, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"pairs": 3}
+    assert run_command_line(TRAIN) == 0
+    assert capsys.readouterr().out == "three\n"
+    monkeypatch.setenv("RANK", "1")
+    assert run_command_line(TRAIN) == 0
+    assert capsys.readouterr().out == ""
+
+
+# what is wrong with a command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "did you mean train?"),
+        (["score"], "precompute, train, evaluate"),
+        (["--beta", "1", "train"], "the command comes first"),
+        (["train", "--bete", "1"], "--bete: there is no such option; did you mean --beta?"),
+        (["train", "--bete=1"], "--bete: there is no such option; did you mean --beta?"),
+        (["train", "-x"], "-x: there is no such option"),
+        (["train", "--shard", "0/1"], "it belongs to precompute"),
+        (["train", "--beta"], "--beta: needs a value"),
+        (["train", "--out", "--json"], "--out: needs a value"),
+        (["train", "--out", ""], "--out: the value is empty"),
+        (["train", "--json=true"], "--json: takes no value"),
+        (["train", "--data", "a", "b"], "b: belongs to no option"),
+        (["train", "--", "b"], "--: there is no such option"),
+        (["train"], "--model: missing"),
+        (["train", "--per_device_train_batch_size=4"], "multiply per_device_train_batch_size by"),
+        (["train", "--output-dir", "x"], "use --out"),
+        (["train", "--bf16"], "--dtype bfloat16"),
+        ([*TRAIN, "--beta", "-1"], "--beta -1: must be above 0"),
+        ([*TRAIN, "--config", "missing.yaml"], "missing.yaml: cannot be read"),
+    ],
+)
+def test_a_wrong_command_line(fails, arguments, expected):
+    assert expected in fails(*arguments)
+
+
+def test_no_arguments_show_the_help_but_are_no_success(capsys):
+    assert run_command_line([]) == errors.ExitCode.USAGE
+    assert "precompute" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run_command_line(["--version"]) == 0
+    assert capsys.readouterr().out == f"dpocli {__version__}\n"
+
+
+# errors become exit codes
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch.cuda's, by name."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.UsageError("told"), 2),
+        (errors.DataError("told"), 3),
+        (errors.CacheError("told"), 4),
+        (errors.NumericsError("told"), 5),
+        (errors.ResourceError("told"), 7),
+        (MemoryError("told"), 7),
+        (OutOfMemoryError("told"), 7),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory, told"), 7),
+        (OSError(28, "told"), 7),
+        (PermissionError(13, "told", "a-file"), 2),
+        (KeyboardInterrupt("told"), 130),
+    ],
+)
+def test_an_error_that_is_no_bug(fails, commands, error, code):
+    def act(options, terminal):
+        raise error
+
+    commands.act = act
+    assert "told" in fails(*TRAIN, code=code) or code == errors.ExitCode.INTERRUPTED
+
+
+def test_a_stop_on_request_is_no_error(commands, capsys):
+    def act(options, terminal):
+        raise errors.PreemptedError("saved at step 3")
+
+    commands.act = act
+    assert run_command_line(TRAIN) == errors.ExitCode.PREEMPTED
+    assert capsys.readouterr().err == "saved at step 3\n"
+
+
+def test_a_bug_shows_its_traceback_and_asks_for_a_report(commands, capsys):
+    commands.act = lambda options, terminal: {}["nothing"]
+    assert run_command_line(TRAIN) == errors.ExitCode.BUG
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" in err
+    assert "report" in err
+
+
+def test_nobody_reads_the_result(commands):
+    def act(options, terminal):
+        raise BrokenPipeError
+
+    commands.act = act
+    assert run_command_line(TRAIN) == 0
+
+
+# the outcome of a command that failed before it came to its directory
+
+
+def status_of(path):
+    return json.loads((path / "status.json").read_text())
+
+
+def test_a_misspelled_flag_replaces_an_earlier_outcome(fails, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with pytest.raises(errors.PreemptedError), RunDirectory(out, "train"):
+        raise errors.PreemptedError("saved")
+    status = status_of(out) | {"pid": 0, "pid_started": 0}  # of another process than this one
+    (out / "status.json").write_text(json.dumps(status))
+    fails("train", "--model", "m", "--out", str(out), "--bete", "1")
+    assert {"state": "failed", "exit_code": 2}.items() <= status_of(out).items()
+
+
+def test_a_living_writer_keeps_its_status(fails, tmp_path):
+    with RunDirectory(tmp_path, "train"):
+        fails("train", f"--out={tmp_path}", "--bete", "1")
+        assert status_of(tmp_path)["state"] == "running"
+
+
+def test_a_misspelled_directory_is_not_created(fails, tmp_path):
+    fails("train", "--out", str(tmp_path / "new"), "--bete", "1")
+    assert not (tmp_path / "new").exists()
+
+
+# in a process of its own
+
+
+def test_help_imports_nothing_heavy():
+    heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'matplotlib', 'tqdm'}"
+    code = f"import sys, dpocli.cli; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_every_option_soon(command):
+    started = time.perf_counter()
+    done = dpocli(command, "--help", env=os.environ | {"COLUMNS": "200"})
+    assert time.perf_counter() - started < 5, "a loose bound for a loaded machine; about 0.4 s when it is not"
+    assert (done.returncode, done.stderr) == (0, "")
+    for option in options_of(COMMANDS[command]):
+        assert option.flag in done.stdout
+    assert "(default: 2048)" in done.stdout
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dpocli", "train", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_exit_codes_reach_the_shell():
+    done = dpocli("train", "--lr", "1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --lr: ")
+    assert done.stderr.count("\n") == 1
