@@ -15,7 +15,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import typer
 
 from dpocli import __version__
-from dpocli.artifacts.run_dir import Outcome, record_failure
+from dpocli.artifacts.status import Outcome, record_failure
 from dpocli.config.models import EvaluateOptions, Options, PrecomputeOptions, TrainOptions
 from dpocli.errors import ExitCode, UsageError
 from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of

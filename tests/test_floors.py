@@ -11,7 +11,7 @@ FLOORS = {
     name: floor
     for floor, names in enumerate(
         [
-            ("__init__", "errors"),
+            ("__init__", "errors", "progress"),
             ("config", "terminal"),
             ("options",),
             ("data",),

@@ -54,7 +54,7 @@ class PairColumns:
     pair_ids: NDArray[np.uint8]
     """Shape (pairs, 16)."""
     sources: NDArray[np.object_]
-    """The label of each pair; equal labels are one string in memory."""
+    """The label of each pair; equal labels of a part are one string in memory."""
     weights: NDArray[np.float32]
     num_turns: NDArray[np.int16]
     prompt_tokens: NDArray[np.int32]
@@ -242,10 +242,7 @@ class PairStore:
 
     def _part(self, part: int) -> OpenPart:
         if part not in self._parts:
-            try:
-                self._parts[part] = open_part(self._paths[part])
-            except FileNotFoundError:
-                raise CacheError(f"The part {self._paths[part]} was there and is gone. {_SAME_LINE}") from None
+            self._parts[part] = _open_known(self._paths[part])
             if len(self._parts) > MAX_OPEN_PARTS:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(part)
@@ -320,7 +317,7 @@ def _read_columns(part: OpenPart) -> PairColumns:
 def _open_parts(directory: Path) -> Iterator[OpenPart]:
     """All parts of a complete cache, in order."""
     names = _part_names(directory)
-    first = open_part(directory / names[0]).footer
+    first = _open_known(directory / names[0]).footer
     expected = tiles(first.total_rows, first.fingerprint.settings["rows_per_part"])
     missing = []
     for tile in expected:
@@ -341,6 +338,13 @@ def _open_parts(directory: Path) -> Iterator[OpenPart]:
             f"The reference cache {directory} holds {foreign[0]}, which is no part of it. Remove that file if it was put "
             "there by mistake, else delete the cache and make it anew."
         )
+
+
+def _open_known(path: Path) -> OpenPart:
+    try:
+        return open_part(path)
+    except FileNotFoundError:
+        raise CacheError(f"The part {path} was there and is gone. {_SAME_LINE}") from None
 
 
 def _check_membership(part: OpenPart, tile: Tile, first_name: str, first: PartFooter) -> None:

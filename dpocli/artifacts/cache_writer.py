@@ -266,7 +266,7 @@ def _encode_kept(pair: EncodedPair, name: str, kind: KeptType) -> Any:
         return json.dumps(value, default=str)
     if (found := kept_type(value)) != kind and (found, kind) != ("int", "float"):
         raise DataError(
-            f"Row {pair.row}: the kept column {name} holds a {type(value).__name__} here and a {kind} in the rows before. "
+            f"Row {pair.row}: the kept column {name} holds {type(value).__name__} here and {kind} in the rows before. "
             "Make the column uniform, or leave it out of --keep-columns."
         )
     return float(value) if kind == "float" else _to_utf8(value) if kind == "string" else value

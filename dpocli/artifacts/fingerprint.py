@@ -257,20 +257,6 @@ def information_differences(fingerprint: Fingerprint, now: Mapping[str, Any]) ->
     return _changes("", fingerprint.information, now)
 
 
-def is_reference(stored: Fingerprint, model_dir: Path, hash_memory_path: Path | None = None) -> bool:
-    """Whether a model directory is the reference itself: the same weights, without an adapter or quantization."""
-    if stored.adapter is not None or stored.quantization is not None:
-        return False
-    return stored.weights == weights_hashes(model_dir, HashMemory(hash_memory_path))
-
-
-def information_differences(stored: Fingerprint, live: Mapping[str, Any]) -> list[str]:
-    """What differs of the fields that are information only (versions, device, …), of those recorded in both."""
-    return [
-        line for key in live if key in stored.information for line in _changes(key, stored.information[key], live[key])
-    ]
-
-
 def compare_tokenizer(stored: TokenizerIdentity, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:
     """What forbids to use a tokenizer with cached pairs, and what is only worth saying. Further ids are fine."""
     live = TokenizerIdentity.of(tokenizer, num_ids=stored.num_ids)

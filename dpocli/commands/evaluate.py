@@ -7,7 +7,7 @@ import torch
 
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.report import PairTable, figures, render, write_report
-from dpocli.artifacts.run_dir import RunDirectory, StopFlag
+from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import check_inputs, open_pairs
 from dpocli.config.models import EvaluateOptions, LossChoice
 from dpocli.engine.mesh import Processes, joined, pick_device
@@ -21,11 +21,13 @@ from dpocli.engine.model import (
     pick_dtype,
 )
 from dpocli.engine.passes import PairView, my_passes, score, token_budget
+from dpocli.engine.stop import StopFlag
 from dpocli.errors import NumericsError, PreemptedError
 from dpocli.objective import losses
 from dpocli.objective.logps import pair_logps
 from dpocli.objective.scoring import PairScorer
-from dpocli.terminal import Progress, Terminal
+from dpocli.progress import Progress
+from dpocli.terminal import Terminal
 
 PAIRS_AT_ONCE = 4096
 """Pairs that are sorted by length together; beyond it they are read in the order of the cache, which is fast."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, kept_types
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.fingerprint import build_fingerprint
-from dpocli.artifacts.run_dir import RunDirectory, StopFlag
+from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.tiles import TileEncoder, judge_skips
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
@@ -28,6 +28,7 @@ from dpocli.engine.model import (
     pick_dtype,
 )
 from dpocli.engine.passes import reference_logps, token_budget
+from dpocli.engine.stop import StopFlag
 from dpocli.errors import PreemptedError
 from dpocli.objective.scoring import PairScorer
 from dpocli.terminal import Printer, Terminal
@@ -69,7 +70,7 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
                 if pairs:
                     pairs = reference_logps(scorer(), pairs, budget, device, progress)
                 writer.write(tile, pairs, skipped)
-                progress.skip(len(skipped))
+                progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles)
         out.write_summary(summary)
         terminal.result(summary, lambda printer: _render(printer, summary))

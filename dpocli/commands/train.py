@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.fingerprint import information_differences, is_reference
 from dpocli.artifacts.plots import draw_curves
-from dpocli.artifacts.run_dir import RunDirectory, StopFlag
+from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import check_inputs, open_pairs
 from dpocli.commands.resume import Resumable
 from dpocli.config.models import LossChoice, TrainOptions
@@ -33,6 +33,7 @@ from dpocli.engine.passes import PairView, token_budget
 from dpocli.engine.plan import describe
 from dpocli.engine.policy import Policy
 from dpocli.engine.schedule import Schedule, learning_rates
+from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers
 from dpocli.errors import NumericsError, PreemptedError, UsageError
 from dpocli.objective.scoring import PairScorer

@@ -119,7 +119,9 @@ class EncodedPair:
     def reference_sums(self) -> tuple[float, float]:
         """Reference log-probs of the chosen and the rejected side (nats), summed in float64 over the tokens that count."""
         assert self.reference is not None
-        return _counted_sum(self.reference.chosen, self.chosen_mask), _counted_sum(self.reference.rejected, self.rejected_mask)
+        return _counted_sum(self.reference.chosen, self.chosen_mask), _counted_sum(
+            self.reference.rejected, self.rejected_mask
+        )
 
 
 def _counted_sum(token_logps: NDArray[np.float32], mask: TokenMask | None) -> float:

@@ -14,7 +14,7 @@ from dpocli.engine.mesh import Processes
 from dpocli.errors import UsageError
 from dpocli.objective.logps import TokenLogps
 from dpocli.objective.scoring import PairScorer
-from dpocli.terminal import Progress
+from dpocli.progress import Progress
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 

@@ -118,7 +118,7 @@ def test_every_byte_is_guarded(tmp_path):
     fill(tmp_path, 3, 3, skipped_rows=())
     part = next(tmp_path.glob("rows-*"))
     content = bytearray(part.read_bytes())
-    for position in range(0, len(content), 7):
+    for position in range(0, len(content), 17):
         content[position] ^= 1 << position % 8
         part.write_bytes(content)
         with pytest.raises(DamagedPartError):

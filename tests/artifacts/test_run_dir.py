@@ -9,9 +9,12 @@ from dataclasses import asdict, replace
 import pytest
 import yaml
 
-from dpocli.artifacts import run_dir
-from dpocli.artifacts.run_dir import MetricsLog, Outcome, RunDirectory, StatusFile, StopFlag, new_status, record_failure
+from dpocli.artifacts import run_dir, status
+from dpocli.artifacts.metrics_log import MetricsLog
+from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.artifacts.status import Outcome, StatusFile, new_status, record_failure
 from dpocli.config.models import PrecomputeOptions
+from dpocli.engine.stop import StopFlag
 from dpocli.errors import DataError, PreemptedError, UsageError
 from dpocli.options import load_options
 
@@ -74,7 +77,7 @@ def test_the_heart_beats(tmp_path, monkeypatch):
 
 def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path, "train").__enter__()
-    monkeypatch.setattr(run_dir, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr(status, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
     run.__exit__(DataError, DataError("told"), None)
     with pytest.raises(OSError, match="full"):
         run.__exit__(None, None, None)
@@ -148,7 +151,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 def test_without_locks_the_process_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(run_dir.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks available")))
-    leave_behind(tmp_path, pid=os.getppid(), pid_started=run_dir._process_start(os.getppid()))
+    leave_behind(tmp_path, pid=os.getppid(), pid_started=status.process_start(os.getppid()))
     with pytest.raises(UsageError, match=f"process {os.getppid()} "), RunDirectory(tmp_path, "train"):
         pass
 
@@ -163,7 +166,7 @@ def test_another_host_that_gives_no_sign_of_life_is_dead(tmp_path):
     leave_behind(tmp_path, host="node-7")
     naps, said = [], []
     with RunDirectory(tmp_path, "train", sleep=naps.append, say=said.append):
-        assert sum(naps) == run_dir.DEAD_AFTER_SECONDS
+        assert sum(naps) == status.DEAD_AFTER_SECONDS
         assert "node-7" in said[0]
 
 

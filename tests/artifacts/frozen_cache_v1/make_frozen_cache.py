@@ -21,7 +21,13 @@ from dpocli.data.rows import ContentPart
 from dpocli.data.tokens import pair_id
 
 TOTAL_ROWS, ROWS_PER_PART = 10, 6
-KEPT: Mapping[str, KeptType] = {"origin": "string", "votes": "int", "score": "float", "checked": "bool", "extra": "json"}
+KEPT: Mapping[str, KeptType] = {
+    "origin": "string",
+    "votes": "int",
+    "score": "float",
+    "checked": "bool",
+    "extra": "json",
+}
 SKIPPED_ROWS = (2, 7)
 
 

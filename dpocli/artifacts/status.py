@@ -1,0 +1,176 @@
+"""`status.json`: who is writing a directory, how it ended, and whether the writer lives.
+
+Launchers swallow exit codes (torchrun turns every one into 1), so scripts read the outcome here.
+"""
+
+import errno
+import os
+import socket
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dpocli.artifacts.files import read_json, write_json
+from dpocli.errors import DpoError, ExitCode
+
+DEAD_AFTER_SECONDS = 60.0
+"""A writer on another host that has been silent for so long is taken for dead."""
+
+State = Literal["running", "done", "preempted", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a command ended."""
+
+    state: State
+    exit_code: int
+    message: str = ""
+
+    @classmethod
+    def of(cls, error: BaseException | None) -> "Outcome":
+        """The outcome that an exception means; None for success."""
+        if error is None:
+            return cls("done", ExitCode.DONE)
+        code, message = _classify(error)
+        return cls("preempted" if code == ExitCode.PREEMPTED else "failed", code, message)
+
+
+def _classify(error: BaseException) -> tuple[ExitCode, str]:
+    if isinstance(error, DpoError):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED, "Interrupted. The same command line goes on from what is saved."
+    if is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        return ExitCode.RESOURCES, f"Out of memory: {first_line or 'no more to be had'}. Try a smaller --token-budget."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ExitCode.RESOURCES, f"{error.filename or 'The output'}: {error.strerror}. Make room and start again."
+    if isinstance(error, PermissionError) and error.filename:
+        return ExitCode.USAGE, f"{error.filename}: {error.strerror}."
+    return ExitCode.BUG, (
+        f"{type(error).__name__}: {error}. This is a bug in dpocli: please report it with the traceback and the command."
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the host or on a device; told without importing torch."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What stands in `status.json`. Times are seconds since 1970."""
+
+    command: str
+    state: State
+    exit_code: int | None
+    step: int
+    message: str
+    host: str
+    boot: str | None
+    """What the system calls its time since it was started: host names of containers may be the same."""
+    pid: int
+    pid_started: int | None
+    """When the system started that process, so that another with the same number is not taken for it."""
+    started: float
+    heartbeat: float
+
+    @property
+    def is_of_this_host(self) -> bool:
+        return (self.host, self.boot) == (socket.gethostname(), _boot())
+
+    @property
+    def is_of_this_process(self) -> bool:
+        return self.is_of_this_host and (self.pid, self.pid_started) == (os.getpid(), process_start(os.getpid()))
+
+
+def shard_suffix(shard: str) -> str:
+    """What tells the files of several shards in one directory apart; nothing where there is only one."""
+    return "" if shard.endswith("/1") else "-" + shard.replace("/", "-of-")
+
+
+class StatusFile:
+    """`status.json`: one for each writer that may work beside others, as the shards of `precompute` do."""
+
+    def __init__(self, directory: Path, shard: str = "0/1") -> None:
+        self.path = directory / f"status{shard_suffix(shard)}.json"
+        self.lock_path = directory / f".status{shard_suffix(shard)}.lock"
+
+    def read(self) -> Status | None:
+        """What stands there; None where there is nothing that makes sense."""
+        try:
+            return Status(**(read_json(self.path) or {}))
+        except TypeError:
+            return None
+
+    def write(self, status: Status) -> None:
+        write_json(self.path, asdict(status))
+
+
+def new_status(command: str) -> Status:
+    """The status of a command that this process begins."""
+    pid = os.getpid()
+    return Status(
+        command=command,
+        state="running",
+        exit_code=None,
+        step=0,
+        message="",
+        host=socket.gethostname(),
+        boot=_boot(),
+        pid=pid,
+        pid_started=process_start(pid),
+        started=time.time(),
+        heartbeat=time.time(),
+    )
+
+
+def is_alive(status: Status) -> bool:
+    """Whether the writer of a status lives: here the process is looked for, elsewhere only its heartbeat is seen."""
+    if status.state != "running":
+        return False
+    if status.is_of_this_host:
+        return _process_exists(status.pid) and status.pid_started in (None, process_start(status.pid))
+    return time.time() - status.heartbeat < DEAD_AFTER_SECONDS
+
+
+def _process_exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def process_start(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process; None where the system does not tell."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def _boot() -> str | None:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+
+
+def record_failure(directory: Path, outcome: Outcome, command: str, shard: str = "0/1") -> None:
+    """Note a failure in a directory that an earlier run wrote, unless somebody is writing it or has just noted it."""
+    file = StatusFile(directory, shard)
+    before = file.read()
+    if before is None or is_alive(before) or before.is_of_this_process:
+        return
+    with suppress(OSError, DpoError):
+        file.write(replace(new_status(command), **asdict(outcome)))
