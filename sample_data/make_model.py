@@ -3,8 +3,8 @@
     python sample_data/make_model.py
 
 It learns from freshly written pairs about every subject, chosen and rejected answers in equal parts: so it knows the
-world that it is asked about but has no preference between the answers, which is left to DPO. Seeded; the same bytes
-every time on one machine.
+world that it is asked about but hardly prefers either answer, which is left to DPO. Seeded; the same bytes every time
+on one machine.
 """
 
 import shutil

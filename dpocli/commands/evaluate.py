@@ -8,7 +8,7 @@ import torch
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.report import PairTable, figures, render, write_report
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands.inputs import check_inputs, open_pairs
+from dpocli.commands.inputs import Inputs, check_inputs
 from dpocli.config.models import EvaluateOptions, LossChoice
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
@@ -40,13 +40,13 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
     provenance = Provenance.of(directory)
     loss = LossChoice.from_options(options, provenance.loss)
     check_inputs(options, loss)
-    tokenizer = load_tokenizer(directory, options)
+    inputs = Inputs.open(options, load_tokenizer(directory, options))
     with (
         joined(device) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
         StopFlag() as stop,
     ):
-        store = open_pairs(options, tokenizer, options.scratch or options.out, processes, terminal)
+        store = inputs.pairs(options.scratch or options.out, processes, terminal)
         out.write_config(options)
         _tell_other_reference(provenance, store, terminal)
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)

@@ -11,9 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, kept_types
-from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.artifacts.cache_writer import CacheWriter, check_destination
 from dpocli.artifacts.fingerprint import build_fingerprint
 from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.commands.destination import check_out
 from dpocli.commands.tiles import TileEncoder, judge_skips
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
@@ -45,6 +46,8 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
     model_directory = locate_model(options)
     tokenizer = load_tokenizer(model_directory, options)
     rows = open_rows(options)
+    check_out(options.out, "precompute")
+    check_destination(options.out)
     with (
         RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, say=terminal.say) as out,
         StopFlag() as stop,
@@ -72,9 +75,9 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
                 writer.write(tile, pairs, skipped)
                 progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles)
+        judge_skips(Counter(summary["skipped"]), rows.num_rows, options.max_skipped)
         out.write_summary(summary)
         terminal.result(summary, lambda printer: _render(printer, summary))
-        judge_skips(Counter(summary["skipped"]), rows.num_rows, options.max_skipped)
 
 
 def _open_cache(
@@ -133,7 +136,8 @@ def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
     for reason, count in summary["skipped"].items():
         printer.say(f"  {count:,} rows skipped: {reason}")
     for row in summary["skipped_rows"][:5]:
-        printer.say(f"    {row['where']}: {row['reason']} {row['detail']}".rstrip())
+        detail = f" ({row['detail']})" if row["detail"] else ""
+        printer.say(f"    {row['where']}: {row['reason']}{detail}")
 
 
 def _stopped(writer: CacheWriter) -> str:

@@ -1,81 +1,43 @@
 """Whether a run directory holds the same run: to go on with, finished already, or another one."""
 
-import json
-from dataclasses import dataclass
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
-from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.files import read_json
 from dpocli.config.models import TrainOptions
 from dpocli.errors import UsageError
+from dpocli.options import load_options
 
 NEUTRAL = frozenset(
-    [
-        "out",
-        "as_json",
-        "device",
-        "token_budget",
-        "scratch",
-        "data",
-        "reference",
-        "eval_reference",
-        "model",
-        "gradient_checkpointing",
-        "step0_tolerance",
-        "log_every",
-        "save_every",
-        "keep_last",
-        "track",
-        "eval_every",
-    ]
+    "out as_json device token_budget scratch data reference gradient_checkpointing step0_tolerance "  # noqa: SIM905
+    "log_every save_every keep_last track eval_every".split()
 )
-"""Options that cannot change a value of the run, and paths, whose contents are compared instead."""
+"""Options that cannot change a value of the run; and paths of pairs, whose contents the checkpoints remember."""
 
 
-@dataclass(frozen=True, slots=True)
-class Resumable:
-    """What an earlier start of the same line left behind."""
+def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
+    """The summary of the same run where it is finished, else None.
 
-    finished: bool
-    summary: dict[str, Any]
-
-    @classmethod
-    def of(cls, options: TrainOptions) -> "Resumable":
-        """Raises UsageError where the directory holds a run with other settings."""
-        config, summary = options.out / "config.yaml", options.out / "summary.json"
-        if not config.is_file():
-            return cls(False, {})
-        try:
-            earlier = TrainOptions.model_validate(yaml.safe_load(config.read_text()))
-        except (ValidationError, yaml.YAMLError, TypeError):
-            raise UsageError(
-                f"--out {options.out}: it holds a config.yaml that is not a training run's. Give another directory."
-            ) from None
-        differing = [
-            f"{name}: {getattr(earlier, name)} -> {getattr(options, name)}"
-            for name in TrainOptions.model_fields
-            if name not in NEUTRAL and getattr(earlier, name) != getattr(options, name)
-        ]
-        if differing:
-            raise UsageError(
-                f"--out {options.out}: it holds a run with other settings ({'; '.join(differing)}). Give another "
-                "directory, or the settings of that run to go on with it."
-            )
-        if summary.is_file() and (options.out / "model").is_dir():
-            return cls(True, json.loads(summary.read_text()))
-        return cls(False, {})
-
-    @staticmethod
-    def state(store: PairStore) -> dict[str, Any]:
-        """What a checkpoint remembers of the pairs that it was trained on."""
-        return {"pairs": store.fingerprint.digest, "num_pairs": len(store)}
-
-    def check_pairs(self, state: dict[str, Any], store: PairStore) -> None:
-        """Raises UsageError where a checkpoint was trained on other pairs than these."""
-        if state.get("pairs") != store.fingerprint.digest:
-            raise UsageError(
-                "The checkpoint was trained on another reference cache than --reference now holds (the path is the same "
-                "or the cache was written anew). Give another --out."
-            )
+    Raises:
+        UsageError: the directory holds a run with other settings.
+    """
+    config = options.out / "config.yaml"
+    if not config.is_file():
+        return None
+    try:
+        earlier = load_options(TrainOptions, {"config": str(config)})
+    except UsageError as error:
+        raise UsageError(
+            f"--out {options.out}: its config.yaml is not that of a training run ({error}) Give another directory."
+        ) from None
+    differing = [
+        f"{name}: {getattr(earlier, name)} -> {getattr(options, name)}"
+        for name in TrainOptions.model_fields
+        if name not in NEUTRAL and getattr(earlier, name) != getattr(options, name)
+    ]
+    if differing:
+        raise UsageError(
+            f"--out {options.out}: it holds a run with other settings ({'; '.join(differing)}). Give another directory, or "
+            "the settings of that run to go on with it."
+        )
+    summary = read_json(options.out / "summary.json")
+    return summary if isinstance(summary, dict) and (options.out / "model").is_dir() else None

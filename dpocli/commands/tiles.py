@@ -50,8 +50,16 @@ def judge_skips(skipped: Counter[str], num_rows: int, max_skipped: float, exampl
     if total <= max_skipped * num_rows and total < num_rows:
         return
     reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.most_common())
-    first = f" The first: {examples[0].where}: {examples[0].reason} {examples[0].detail}".rstrip() if examples else ""
+    allowed = "no pair is left" if total == num_rows else f"--max-skipped allows {max_skipped:.0%}"
+    otherwise = "" if total == num_rows else ", or raise --max-skipped"
     raise DataError(
-        f"{total:,} of {num_rows:,} rows give no pair ({reasons}); --max-skipped allows {max_skipped:.0%}.{first} Mend "
-        "the data, raise --max-length if pairs are too long, or raise --max-skipped."
+        f"{total:,} of {num_rows:,} rows give no pair ({reasons}); {allowed}.{_first_of(examples)} Mend the data (or raise "
+        f"--max-length if pairs are too long){otherwise}."
     )
+
+
+def _first_of(examples: Sequence[Skipped]) -> str:
+    if not examples:
+        return ""
+    detail = f" ({examples[0].detail})" if examples[0].detail else ""
+    return f" The first: {examples[0].where}: {examples[0].reason}{detail}."

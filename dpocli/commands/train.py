@@ -14,10 +14,10 @@ from dpocli.artifacts.fingerprint import information_differences, is_reference
 from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import check_inputs, open_pairs
-from dpocli.commands.resume import Resumable
+from dpocli.commands.resume import finished_summary
 from dpocli.config.models import LossChoice, TrainOptions
-from dpocli.engine import checkpoint, step0
-from dpocli.engine.loop import StepOutcome, Trainer, adamw
+from dpocli.engine import step0
+from dpocli.engine.loop import Trainer, adamw
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
     Provenance,
@@ -32,10 +32,11 @@ from dpocli.engine.model import (
 from dpocli.engine.passes import PairView, token_budget
 from dpocli.engine.plan import describe
 from dpocli.engine.policy import Policy
+from dpocli.engine.run import run_steps
 from dpocli.engine.schedule import Schedule, learning_rates
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers
-from dpocli.errors import NumericsError, PreemptedError, UsageError
+from dpocli.errors import NumericsError, UsageError
 from dpocli.objective.scoring import PairScorer
 from dpocli.terminal import Printer, Terminal
 
@@ -51,11 +52,8 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         processes = stack.enter_context(joined(device, even_alone=True))
         out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
         stop = stack.enter_context(StopFlag())
-        past = Resumable.of(options)
-        if past.finished:
-            terminal.result(
-                past.summary, lambda printer: printer.say(f"{options.out}: finished already; nothing to do.")
-            )
+        if finished := finished_summary(options):
+            terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
             return
         store = open_pairs(options, tokenizer, options.scratch or options.out, processes, terminal)
         out.write_config(options)
@@ -79,62 +77,14 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         )
         stack.callback(trainer.close)
         trackers = stack.enter_context(Trackers(options, enabled=processes.is_first))
-        first = 1
-        if newest := checkpoint.latest(options.out / "checkpoints"):
-            state = checkpoint.load(newest[1], policy, trainer.optimizer)
-            past.check_pairs(state, store)
-            first = newest[0] + 1
-            terminal.say(f"Going on after step {newest[0]} of {schedule.num_steps}.")
+        done = trainer.restore(checkpoints := options.out / "checkpoints")
+        if done:
+            terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
         elif store.has_reference:
             _check_step0(options, policy, training, model_directory, dtype, budget, processes, terminal)
-        out.metrics.truncate_after(first - 1)
-        run_steps(trainer, options, out, stop, held_out, trackers, first, terminal)
+        run_steps(trainer, done + 1, held_out, checkpoints, out, stop, trackers, terminal)
         summary = _finish(options, loss, out, policy, tokenizer, model_directory, schedule, store, device)
         terminal.result(summary, lambda printer: _render(printer, summary))
-
-
-def run_steps(
-    trainer: Trainer,
-    options: TrainOptions,
-    out: RunDirectory,
-    stop: StopFlag,
-    held_out: PairView | None,
-    trackers: Trackers,
-    first: int,
-    terminal: Terminal,
-) -> None:
-    """Steps from `first` to the last, with held-out evaluations, checkpoints, and a stop where one is asked for."""
-    last = trainer.schedule.num_steps
-    tenth = max(1, round(last / 10))
-    save_every, eval_every = options.save_every or tenth, options.eval_every or tenth
-
-    def log(row: Mapping[str, float]) -> None:
-        out.metrics.append(row)
-        trackers.log(row)
-
-    def save(step: int) -> None:
-        state = Resumable.state(trainer.view.store)
-        directory = options.out / "checkpoints"
-        checkpoint.save(directory, step, trainer.policy, trainer.optimizer, state, options.keep_last, trainer.processes)
-
-    if held_out and first == 1:
-        log({"step": 0} | trainer.held_out(held_out))
-    with terminal.progress(last, "train", unit="steps", initial=first - 1) as progress:
-        for step in range(first, last + 1):
-            outcome = trainer.step(step)
-            row: dict[str, float] = {"step": step, "epoch": step / trainer.schedule.steps_per_epoch} | outcome.metrics
-            evaluated = trainer.held_out(held_out) if held_out and (step % eval_every == 0 or step == last) else {}
-            if step % options.log_every == 0 or step == last or evaluated:
-                log(row | evaluated)
-            _show(progress, outcome)
-            out.update(step=step)
-            stopping = trainer.processes.any(bool(stop) or out.stop_requested())
-            if step == last or step % save_every == 0 or stopping:
-                save(step)
-            if stopping and step < last:
-                raise PreemptedError(
-                    f"Stopped on request after step {step} of {last}, with a checkpoint. The same command line goes on."
-                )
 
 
 def split_pairs(
@@ -205,16 +155,6 @@ def _check_step0(
         )
 
 
-def _show(progress: Any, outcome: StepOutcome) -> None:
-    progress.update(
-        pairs=outcome.num_pairs,
-        tokens=outcome.num_tokens,
-        loss=outcome.metrics["loss"],
-        accuracy=outcome.metrics["rewards/accuracies"],
-        margin=outcome.metrics["rewards/margins"],
-    )
-
-
 def _finish(
     options: TrainOptions,
     loss: LossChoice,
@@ -227,7 +167,7 @@ def _finish(
     device: torch.device,
 ) -> dict[str, Any]:
     """The model, the curves and the summary."""
-    weights = dict(policy.weights())
+    weights = policy.weights()
     rows = out.metrics.rows()
     summary: dict[str, Any] = {
         "out": str(options.out),

@@ -255,6 +255,8 @@ class TrainOptions(LossOptions, ModelOptions, DataOptions, Options):
             raise ValueError("max_steps: the length of the run is set by --epochs or by --max-steps, not both")
         if unknown := set(self.track) - {"tensorboard", "wandb"}:
             raise ValueError(f"track: {', '.join(sorted(unknown))} is not known; tensorboard and wandb are")
+        if self.dtype == "float16":
+            raise ValueError("dtype: gradients vanish in the narrow range of float16; train in bfloat16 or float32")
         if self.eval_every and not (self.eval_reference or self.eval_fraction):
             raise ValueError("eval_every: there are no held-out pairs; give --eval-reference or --eval-fraction")
         _no_idle_data_options(self)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dpocli.artifacts.files import sync_directory
 from dpocli.engine.mesh import Processes
-from dpocli.engine.policy import Policy, place, whole
+from dpocli.engine.policy import Policy, place
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -46,12 +46,12 @@ def save(
         keep_last: how many checkpoints stay.
         processes: rank 0 writes.
     """
-    weights = dict(policy.weights())
-    moments = {
-        f"{name}/{key}": whole(value)
-        for name, parameter in policy.parameters()
+    weights = policy.weights()
+    moments = policy.collect(
+        (f"{name}/{key}", value)
+        for name, parameter in policy.masters
         for key, value in sorted(optimizer.state[parameter].items())
-    }
+    )
     if processes.is_first:
         final = directory / f"step-{step}"
         temporary = directory / f".step-{step}.{os.getpid()}"
@@ -69,11 +69,11 @@ def save(
 def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts weights and moments back, each process taking its part, and returns the rest of the state."""
     with safe_open(path / "model.safetensors", "pt") as weights, torch.no_grad():
-        for name, parameter in policy.parameters():
+        for name, parameter in policy.masters:
             place(weights.get_tensor(name), parameter)
     with safe_open(path / "optimizer.safetensors", "pt") as moments, torch.no_grad():
         keys = list(moments.keys())
-        for name, parameter in policy.parameters():
+        for name, parameter in policy.masters:
             saved = {key.rpartition("/")[2]: key for key in keys if key.rpartition("/")[0] == name}
             for short, key in saved.items():
                 value = moments.get_tensor(key)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from dpocli.config.models import LossChoice, TrainOptions
 from dpocli.data.batches import PairBatch
 from dpocli.data.preference import EncodedPair
+from dpocli.engine import checkpoint
 from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import FILLER, PairView, my_passes, score
 from dpocli.engine.policy import Policy
 from dpocli.engine.schedule import Schedule
-from dpocli.errors import NumericsError
+from dpocli.errors import NumericsError, UsageError
 from dpocli.objective import losses
 from dpocli.objective.logps import TokenLogps, pair_logps
 from dpocli.objective.metrics import MetricSums
@@ -101,6 +103,29 @@ class Trainer:
         means = MetricSums(self.processes.sum(sums.values)).means()
         return {f"eval/{name}": value for name, value in means.items()}
 
+    def save(self, checkpoints: Path, step: int) -> None:
+        """Writes a checkpoint of what is so after `step`."""
+        pairs = {"pairs": self.view.store.fingerprint.digest, "num_pairs": len(self.view)}
+        checkpoint.save(checkpoints, step, self.policy, self.optimizer, pairs, self.options.keep_last, self.processes)
+
+    def restore(self, checkpoints: Path) -> int:
+        """Goes back to the newest checkpoint, and returns its step; 0 where there is none.
+
+        Raises:
+            UsageError: it was made with other pairs.
+        """
+        newest = checkpoint.latest(checkpoints)
+        if newest is None:
+            return 0
+        step, path = newest
+        pairs = checkpoint.load(path, self.policy, self.optimizer)
+        if (pairs["pairs"], pairs["num_pairs"]) != (self.view.store.fingerprint.digest, len(self.view)):
+            raise UsageError(
+                f"{path}: this checkpoint was made with other pairs than --reference (or --data) holds now. Give another "
+                "--out, or the pairs that the run began with."
+            )
+        return step
+
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
 
@@ -132,7 +157,7 @@ class Trainer:
         return loss_sum, MetricSums.of(output, logps, weights), output.losses.detach()
 
     def _update(self, step: int) -> dict[str, float]:
-        parameters = [parameter for _, parameter in self.policy.parameters()]
+        parameters = [parameter for _, parameter in self.policy.masters]
         limit = self.options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -166,7 +191,7 @@ class Trainer:
 def adamw(policy: Policy, options: TrainOptions) -> torch.optim.AdamW:
     """AdamW over every parameter, in float32."""
     return torch.optim.AdamW(
-        [parameter for _, parameter in policy.parameters() if parameter.requires_grad],
+        [parameter for _, parameter in policy.masters if parameter.requires_grad],
         lr=options.learning_rate,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,

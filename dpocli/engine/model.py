@@ -1,17 +1,21 @@
 """Models and tokenizers from a directory or the hub, and back into a directory that `from_pretrained` loads."""
 
 import platform
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 import dpocli
+from dpocli.artifacts.hashing import meaningful_config
+from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.models import LossChoice, ModelOptions
 from dpocli.errors import UsageError
 
@@ -21,6 +25,8 @@ transformers_logging.set_verbosity_error()
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "tokenization_*.py")
+"""One of them stands beside every model. Without any, transformers makes an empty tokenizer for some architectures."""
 
 
 def locate_model(options: ModelOptions) -> Path:
@@ -39,14 +45,20 @@ def locate_model(options: ModelOptions) -> Path:
                 f"--model {options.model}: this is a reference cache, not a model. Give it as --reference, and as "
                 "--model the directory with config.json and the weights."
             )
-        raise UsageError(f"--model {options.model}: there is no config.json in it, so it is no model directory.")
+        mend = (
+            f"Did you mean {given / 'model'}?" if (given / "model").is_dir() else "Give the directory of a saved model."
+        )
+        raise UsageError(f"--model {options.model}: there is no config.json in it, so it is no model directory. {mend}")
+    meaningful_config(directory)
     if not any(directory.glob("*.safetensors")):
         if pickled := sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern)):
             raise UsageError(
                 f"--model {options.model}: its weights are pickled ({pickled[0]}), which can run code when read. Load "
                 "the model once where you trust it and save it with save_pretrained(…), which writes safetensors."
             )
-        raise UsageError(f"--model {options.model}: there are no weights (*.safetensors) in it.")
+        raise UsageError(
+            f"--model {options.model}: there are no weights (*.safetensors) in it. Fetch or copy the model again."
+        )
     return directory
 
 
@@ -68,10 +80,15 @@ def _snapshot(options: ModelOptions) -> Path:
 
 def load_tokenizer(directory: Path, options: ModelOptions) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside the model."""
+    mend = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, …) of the model beside its weights."
+    if not any(path for pattern in _VOCABULARIES for path in directory.glob(pattern)):
+        raise UsageError(f"--model {options.model}: there is no tokenizer in it. {mend}")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"--model {options.model}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+    except Exception as error:  # the libraries raise errors of many kinds for damaged files
+        raise UsageError(
+            f"--model {options.model}: its tokenizer cannot be loaded ({_in_words(error)}). {mend}"
+        ) from error
 
 
 def pick_dtype(given: str | None, device: torch.device, *, recorded: str | None = None) -> torch.dtype:
@@ -99,10 +116,24 @@ def load_model(directory: Path, options: ModelOptions, dtype: torch.dtype, devic
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
+            ignore_mismatched_sizes=True,  # to say which, below
             output_loading_info=True,
         )
+    except SafetensorError as error:
+        raise UsageError(
+            f"--model {options.model}: its weights cannot be read ({_in_words(error)}): a file is damaged or was copied "
+            "in part. Fetch or copy the model again."
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        raise UsageError(f"--model {options.model}: it cannot be loaded: {_first_line(error)}") from None
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(f"--model {options.model}: it cannot be loaded: {_in_words(error)}.") from error
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise UsageError(
+            f"--model {options.model}: {len(mismatched)} weights have another shape than its config.json says (the first: "
+            f"{name}, {list(found)} instead of {list(wanted)}). Bring config.json and weights of one model together."
+        )
     if missing := sorted(report["missing_keys"]):
         raise UsageError(
             f"--model {options.model}: {len(missing)} weights that the model needs are not in its files "
@@ -160,21 +191,26 @@ def save_model(
     """Writes a model directory: weights in `dtype`, configuration, tokenizer with template, and `dpocli.json`.
 
     Args:
-        directory: to write into.
+        directory: to write; it is there whole or not at all.
         model: gives the configuration and the names; its own parameters are not looked at.
         weights: name → full tensor.
         tokenizer: saved beside.
         dtype: of the saved weights.
         provenance: of the model.
     """
+    temporary = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
     config_dtype = model.config.dtype
     model.config.dtype = dtype
     try:
-        model.save_pretrained(directory, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
+        model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
     finally:
         model.config.dtype = config_dtype
-    tokenizer.save_pretrained(directory)
-    (directory / "dpocli.json").write_text(provenance.model_dump_json(indent=2) + "\n")
+    tokenizer.save_pretrained(temporary)
+    (temporary / "dpocli.json").write_text(provenance.model_dump_json(indent=2) + "\n")
+    # Only the same run can have left one there: it was killed between its last two files.
+    shutil.rmtree(directory, ignore_errors=True)
+    temporary.rename(directory)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -195,5 +231,7 @@ def environment(device: torch.device) -> dict[str, str]:
     }
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _in_words(error: Exception) -> str:
+    """The first line of what a library says, with the kind of error where that is a mere name or nothing."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(" .:")
+    return line if " " in line else f"{type(error).__name__} {line}".rstrip()

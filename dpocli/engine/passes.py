@@ -98,8 +98,8 @@ def score(scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device
     batch = PairBatch.of(pairs)
     if (largest := batch.largest_id()) >= scorer.num_embeddings:
         raise UsageError(
-            f"The model has embeddings for {scorer.num_embeddings:,} token ids, and the data holds the id {largest}: the "
-            "tokenizer beside the model has more tokens than the model. Resize the model's embeddings."
+            f"--model: it has embeddings for {scorer.num_embeddings:,} token ids, and the pairs hold the id {largest:,}: the "
+            "tokenizer beside it has more tokens than the model. Resize the embeddings and save the model again."
         )
     batch = batch.to(device)
     return batch, scorer(batch)

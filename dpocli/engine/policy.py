@@ -1,6 +1,6 @@
 """The policy under training: float32 master weights, a forward pass in `--dtype`, spread over the processes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -39,24 +39,31 @@ class Policy:
         for layer in decoder_layers(scorer):
             fully_shard(layer, mesh=mesh, mp_policy=inner, reshard_after_forward=False)
         fully_shard(scorer, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
+        # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
+        self.masters: list[tuple[str, nn.Parameter]] = list(scorer.model.named_parameters())
+        """The float32 master weights: names as the source model knows them, each tensor once."""
 
     def reduce_gradients_on_backward(self, now: bool) -> None:
         """With several replicas, gradients travel once a step, with its last micro-batch."""
         assert isinstance(self.scorer, FSDPModule)
         self.scorer.set_requires_gradient_sync(now or self.processes.count == 1)
 
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names as the source model knows them, each tensor once."""
-        yield from self.scorer.model.named_parameters()
-
     def num_parameters(self) -> int:
         """Trainable ones."""
-        return sum(parameter.numel() for _, parameter in self.parameters() if parameter.requires_grad)
+        return sum(parameter.numel() for _, parameter in self.masters if parameter.requires_grad)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Full float32 tensors on the CPU, one at a time. Every process must go through them."""
-        for name, parameter in self.parameters():
-            yield name, whole(parameter.detach())
+    def weights(self) -> dict[str, Tensor]:
+        """Full float32 tensors on the CPU: all of them on the first process, none on the others, which help."""
+        return self.collect((name, parameter.detach()) for name, parameter in self.masters)
+
+    def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Full tensors of sharded ones, for the first process. Every process must call it with the same names."""
+        full: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            value = whole(tensor)
+            if self.processes.is_first:
+                full[name] = value
+        return full
 
 
 def decoder_layers(scorer: PairScorer) -> list[nn.Module]:

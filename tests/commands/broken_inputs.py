@@ -15,6 +15,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpocli.cli import run_command_line
+from dpocli.errors import ExitCode
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, quiet
 
 ROW = {"prompt": "What is a good soup?", "chosen": "Leek soup.", "rejected": "No soup at all."}
@@ -23,6 +25,10 @@ MESSAGES = {
     "chosen": [{"role": "assistant", "content": "Leek soup."}],
     "rejected": [{"role": "assistant", "content": "No soup at all."}],
 }
+NO_PAIR = (
+    "precompute --data {all_skipped} --text-as messages --out {no_pair} --model {model} --rows-per-part 1 --max-skipped 1 "
+    "--shard 1/2"
+)
 SKIPPED = ROW | {"rejected": ROW["chosen"]}
 """Identical sides."""
 
@@ -103,6 +109,8 @@ def _make_data(world: World) -> None:
     world.data("not_gzip__jsonl__gz", ROW)
     world.data("prefs__csv", b"prompt,chosen,rejected")
     world.data("not_parquet__parquet", ROW)
+    world.paths["odd name"] = world.directory / "it's an ödd näme.jsonl"
+    shutil.copy(world.paths["rows"], world.paths["odd name"])
     world.paths["no_rows"] = world.directory / "no rows in here"
     world.paths["no_rows"].mkdir()
 
@@ -178,19 +186,27 @@ def _make_configs(world: World) -> None:
 
 
 def make_caches(world: World) -> None:
-    """Caches that are not what they should be."""
-    world.paths["incomplete"] = incomplete = world.directory / "incomplete"
-    shutil.copytree(world.cache, incomplete)
-    next(iter(sorted(incomplete.glob("rows-*")))).unlink()
-    world.paths["damaged"] = damaged = world.directory / "damaged"
-    shutil.copytree(world.cache, damaged)
-    flip_a_byte(sorted(damaged.glob("rows-*"))[1])
-    world.paths["other_reference"] = world.directory / "other-reference"
-    quiet(*world.arguments("precompute --model {other_weights} --data {heldout} --limit 4 --out {other_reference}"))
-    world.paths["no_pairs_weigh"] = world.directory / "no-pairs-weigh"
-    quiet(*world.arguments("precompute --model {model} --data {no_weight} --out {no_pairs_weigh} --text-as messages"))
-    world.paths["one_pair_cache"] = world.directory / "one-pair-cache"
-    quiet(*world.arguments("precompute --model {model} --data {one_pair} --out {one_pair_cache} --text-as messages"))
+    """Caches that are not what they should be, and other directories that somebody may take for an `--out`."""
+
+    def precompute(name: str, line: str) -> None:
+        world.paths[name] = world.directory / name
+        quiet(*world.arguments(f"precompute --data {line} --text-as messages --out {{{name}}}"))
+
+    for name in ("incomplete", "damaged", "bare_cache"):
+        world.paths[name] = world.directory / name
+        shutil.copytree(world.cache, world.paths[name], ignore=shutil.ignore_patterns("*.yaml", "*.json"))
+    min(world.paths["incomplete"].glob("rows-*")).unlink()
+    flip_a_byte(sorted(world.paths["damaged"].glob("rows-*"))[1])
+    precompute("other_reference", "{heldout} --limit 4 --model {other_weights}")
+    precompute("no_pair", "{all_skipped} --model {model} --rows-per-part 1 --max-skipped 1 --shard 0/2")
+    # The other worker says that there is no pair, but the cache is complete.
+    assert run_command_line([str(word) for word in world.arguments(NO_PAIR)]) == ExitCode.DATA
+    precompute("weightless", "{no_weight} --model {model}")
+    precompute("one_pair_cache", "{one_pair} --model {model}")
+    world.paths["run"] = world.directory / "run"
+    quiet(*world.arguments("train --model {model} --reference {one_pair_cache} --out {run} --max-steps 2"))
+    world.paths["project"] = world.directory / "project"
+    shutil.copytree(MODEL, world.paths["project"] / "model", copy_function=os.symlink)
 
 
 def flip_a_byte(path: Path) -> None:

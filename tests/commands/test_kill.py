@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, start
 
-SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "30", "--save-every", "3")
+SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "20", "--save-every", "3")
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
@@ -51,16 +51,17 @@ def test_precompute_killed_in_the_middle_writes_the_same_cache(tmp_path: Path, d
 
 @pytest.mark.parametrize("after", [1, 8])
 def test_train_killed_in_the_middle_ends_with_the_same_bits(
-    after: int, cache: Path, tmp_path: Path, dpocli: Run
+    after: int, cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:
     """Before the first checkpoint, and between two."""
-    line = ("train", "--model", MODEL, "--reference", cache, *SETTINGS)
+    held_out = ("--eval-reference", held_out_cache, "--eval-every", 10)
+    line = ("train", "--model", MODEL, "--reference", cache, *held_out, *SETTINGS)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     process = start(*line, "--out", killed)
     wait_until(lambda: steps_done(killed) >= after)
     process.kill()
     process.communicate()
-    assert steps_done(killed) < 30, "the kill came too late to show anything"
+    assert steps_done(killed) < 20, "the kill came too late to show anything"
     assert json.loads((killed / "status.json").read_text())["state"] == "running"
     for out in (killed, undisturbed):
         result = dpocli(*line, "--out", out)
@@ -68,6 +69,8 @@ def test_train_killed_in_the_middle_ends_with_the_same_bits(
     first, second = (load_file(out / "model" / "model.safetensors") for out in (killed, undisturbed))
     assert all(first[name].tobytes() == second[name].tobytes() for name in second)
     assert metrics_of(killed) == metrics_of(undisturbed)
+    moments = load_file(killed / "checkpoints" / "step-20" / "optimizer.safetensors")
+    assert len(moments) == 3 * len(load_file(killed / "checkpoints" / "step-20" / "model.safetensors"))
     assert not list((killed / "checkpoints").glob(".*"))
 
 
