@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpocli.artifacts.cache_format import PART_PATTERN, describe_directory
+from dpocli.artifacts.files import file_errors_in_words
 from dpocli.artifacts.status import StatusFile
 from dpocli.errors import UsageError
 
@@ -18,6 +19,11 @@ _WRITTEN = (
 
 def check_out(out: Path, command: Command) -> None:
     """Raises UsageError where `--out` is a file, or holds what this command did not write and would overwrite."""
+    with file_errors_in_words(f"Looking at --out {out}"):
+        _check(out, command)
+
+
+def _check(out: Path, command: Command) -> None:
     if not out.is_dir() and (out.exists() or out.is_symlink()):
         what = "a file" if out.exists() else "a link that leads nowhere"
         raise UsageError(f"--out {out}: this is {what}. Give a directory for what {command} writes.")

@@ -40,7 +40,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
     provenance = Provenance.of(directory)
     loss = LossChoice.from_options(options, provenance.loss)
     check_inputs(options, loss)
-    inputs = Inputs.open(options, load_tokenizer(directory, options))
+    inputs = Inputs.open(options, loss, load_tokenizer(directory, options))
     with (
         joined(device) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,

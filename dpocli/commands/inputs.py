@@ -15,7 +15,7 @@ from dpocli.config.models import EvaluateOptions, LossChoice, PrecomputeOptions,
 from dpocli.data.encode import Encoder
 from dpocli.data.sources import Rows, open_rows
 from dpocli.engine.mesh import Processes
-from dpocli.errors import DataError, UsageError
+from dpocli.errors import CacheError, DataError, UsageError
 from dpocli.options import options_of
 from dpocli.terminal import Terminal
 
@@ -36,18 +36,21 @@ class Inputs:
     """The cache of `--eval-reference`."""
 
     @classmethod
-    def open(cls, options: TrainOptions | EvaluateOptions, tokenizer: PreTrainedTokenizerBase) -> "Inputs":
+    def open(
+        cls, options: TrainOptions | EvaluateOptions, loss: LossChoice, tokenizer: PreTrainedTokenizerBase
+    ) -> "Inputs":
         """Opens what the options name.
 
         Raises:
             UsageError: there are no such files.
             DataError: there are no rows in them.
-            CacheError: a cache is missing, incomplete, damaged, of another tokenizer or of another reference.
+            CacheError: a cache is missing, incomplete, damaged, of another tokenizer or of another reference, or holds no
+                log-probs although the loss needs them.
         """
-        reference = _open_cache(options.reference, tokenizer) if options.reference else None
+        reference = _open_cache(options.reference, loss, tokenizer) if options.reference else None
         held_out = None
         if isinstance(options, TrainOptions) and options.eval_reference:
-            held_out = _open_cache(options.eval_reference, tokenizer)
+            held_out = _open_cache(options.eval_reference, loss, tokenizer)
             _refuse_empty(held_out)
             if reference is not None and reference.has_reference:
                 reference.check_same_reference(held_out)
@@ -81,7 +84,8 @@ def open_pairs(
     terminal: Terminal,
 ) -> PairStore:
     """Until train calls `Inputs.open` before its RunDirectory."""
-    return Inputs.open(options, tokenizer).pairs(scratch, processes, terminal)
+    loss = LossChoice.from_options(options)
+    return Inputs.open(options, loss, tokenizer).pairs(scratch, processes, terminal)
 
 
 def check_inputs(options: TrainOptions | EvaluateOptions, loss: LossChoice) -> None:
@@ -116,9 +120,14 @@ def precompute_line(options: TrainOptions | EvaluateOptions) -> str:
     return shlex.join(words)
 
 
-def _open_cache(directory: Path, tokenizer: PreTrainedTokenizerBase) -> PairStore:
+def _open_cache(directory: Path, loss: LossChoice, tokenizer: PreTrainedTokenizerBase) -> PairStore:
     store = PairStore.open(directory)
     store.check_tokenizer(tokenizer)
+    if loss.spec.needs_reference and not store.has_reference:
+        raise CacheError(
+            f"The pairs of {directory} were encoded for training without a reference, and --loss {loss.name} compares with "
+            "one. Score the rows: dpocli precompute --model REFERENCE --data prefs.jsonl --out CACHE"
+        )
     return store
 
 

@@ -61,5 +61,6 @@ def judge_skips(skipped: Counter[str], num_rows: int, max_skipped: float, exampl
 def _first_of(examples: Sequence[Skipped]) -> str:
     if not examples:
         return ""
-    detail = f" ({examples[0].detail})" if examples[0].detail else ""
-    return f" The first: {examples[0].where}: {examples[0].reason}{detail}."
+    first = examples[0]
+    detail = first.detail.removeprefix(f"{first.where}: ").removesuffix(".")
+    return f" The first: {first.where}: {first.reason}" + (f" ({detail})." if detail else ".")

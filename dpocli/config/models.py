@@ -149,7 +149,8 @@ class LossChoice(BaseModel):
         if name not in CATALOGUE:
             elsewhere = foreign_loss(name)
             hint = f"{elsewhere[0].upper()}{elsewhere[1:]}. There" if elsewhere else "There"
-            raise UsageError(f"--loss {name}: there is no such loss. {hint} are {', '.join(CATALOGUE)}.")
+            where = f"--loss {name}" if options.loss else f"The loss {name} of the model's dpocli.json"
+            raise UsageError(f"{where}: there is no such loss. {hint} are {', '.join(CATALOGUE)}.")
         spec = CATALOGUE[name]
         given = {
             field: getattr(options, field) for field in HYPERPARAMETER_FIELDS if getattr(options, field) is not None
@@ -157,12 +158,15 @@ class LossChoice(BaseModel):
         for field in given.keys() - spec.defaults.keys():
             users = ", ".join(other.name for other in CATALOGUE.values() if field in other.defaults)
             raise UsageError(f"--{field.replace('_', '-')}: {name} does not use it. Losses that do: {users}.")
-        same = default is not None and default.name == name
-        beta = default.beta if same and default else spec.beta
-        numbers = default.hyperparameters if same and default else spec.defaults
-        return cls(
-            name=name, beta=beta if options.beta is None else options.beta, hyperparameters=dict(numbers) | given
-        )
+        beta, numbers = spec.beta, spec.defaults
+        if default and default.name == name:
+            if unknown := sorted(default.hyperparameters.keys() - numbers.keys()):
+                raise UsageError(
+                    f"The model's dpocli.json: it was trained with {name} and {', '.join(unknown)}, which this dpocli does "
+                    "not know. Update dpocli."
+                )
+            beta, numbers = default.beta, numbers | default.hyperparameters
+        return cls(name=name, beta=beta if options.beta is None else options.beta, hyperparameters=numbers | given)
 
 
 class PrecomputeOptions(ModelOptions, DataOptions, Options):

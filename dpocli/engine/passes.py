@@ -18,6 +18,9 @@ from dpocli.progress import Progress
 
 DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 
+_POSITION_TABLES = {"wpe", "embed_positions", "position_embeddings"}
+"""What models call them."""
+
 _NO_TOKEN = np.zeros(1, dtype=np.int32)
 FILLER = EncodedPair(row=-1, pair_id="", prompt_ids=_NO_TOKEN, chosen_ids=_NO_TOKEN, rejected_ids=_NO_TOKEN)
 """Goes through the model where a process has no pair left but the others still need it in their collectives."""
@@ -93,9 +96,11 @@ def score(scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device
     """The scorer's output for `pairs`, and the batch that it belongs to.
 
     Raises:
-        UsageError: a token has no row in the model's embeddings (on a GPU that would end the process without words).
+        UsageError: a token has no row in the model's embeddings, or a position none in its table of positions (on a GPU
+            either would end the process without words).
     """
     batch = PairBatch.of(pairs)
+    _check_positions(scorer, max(pair.num_tokens_longer for pair in pairs))
     if (largest := batch.largest_id()) >= scorer.num_embeddings:
         raise UsageError(
             f"--model: it has embeddings for {scorer.num_embeddings:,} token ids, and the pairs hold the id {largest:,}: the "
@@ -103,3 +108,19 @@ def score(scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device
         )
     batch = batch.to(device)
     return batch, scorer(batch)
+
+
+def _check_positions(scorer: PairScorer, longest: int) -> None:
+    limit = getattr(scorer.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or longest <= limit:
+        return
+    # Rotary positions are computed and go on; learned ones, and GPT-J's, are looked up in a table that ends.
+    names = {
+        name.rpartition(".")[2]
+        for holder in (scorer.model.named_modules, scorer.model.named_buffers)
+        for name, _ in holder()
+    }
+    if names & _POSITION_TABLES:
+        raise UsageError(
+            f"--model: it has positions for {limit:,} tokens, and a pair has {longest:,}. Give precompute --max-length {limit}."
+        )
