@@ -257,6 +257,7 @@ def run(options, terminal):
         while os.environ["ACT"] != "work" and not stop:
             time.sleep(0.01)
         if os.environ["ACT"] == "save when asked":
+            time.sleep(0.5)
             raise PreemptedError("saved")
 
 for name in ("precompute", "train", "evaluate"):
@@ -390,13 +391,17 @@ def test_slurm_jobs_are_chained_and_every_shard_is_scored(cluster):
 
 
 @pytest.mark.parametrize(
-    ("signal_", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)], ids=["time is up", "cancelled"]
+    ("signals", "requeued"),
+    [([signal.SIGUSR1], True), ([signal.SIGUSR1, signal.SIGTERM], True), ([signal.SIGTERM], False)],
+    ids=["time is nearly up", "time is up", "cancelled"],
 )
-def test_slurm_training_that_runs_out_of_time_is_saved_and_requeued(signal_, requeued, cluster):
+def test_slurm_training_that_runs_out_of_time_is_saved_and_requeued(signals, requeued, cluster):
     job = cluster.start("train", act="save when asked", SLURM_JOB_ID="7")
     job.wait_until(lambda: bool(cluster.calls("dpocli")))
     assert status(cluster.work / "run")["state"] == "running"
-    job.process.send_signal(signal_)
+    for number in signals:
+        job.process.send_signal(number)
+        time.sleep(0.1)
     code, said = job.ends()
     found = status(cluster.work / "run")
     assert (found["state"], found["exit_code"]) == ("preempted", 75), said

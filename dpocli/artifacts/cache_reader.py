@@ -1,39 +1,35 @@
 """Reading a reference cache: what all pairs look like at start, the tokens of some whenever they are asked for."""
 
 import hashlib
-import json
 import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpocli.artifacts.cache_format import (
     PART_PATTERN,
     ROWS_PER_GROUP,
-    TOKEN_COLUMNS,
     DamagedPartError,
-    OpenPart,
     PartFooter,
     SkippedRow,
     Tile,
     describe_directory,
-    kept_columns,
-    open_part,
     tiles,
 )
 from dpocli.artifacts.files import file_errors_in_words
-from dpocli.artifacts.fingerprint import compare, compare_references, compare_tokenizer
-from dpocli.data.encode import pair_id
-from dpocli.data.preference import EncodedPair, ReferenceLogps
+from dpocli.artifacts.fingerprint import compare, compare_references
+from dpocli.artifacts.pair_columns import PairColumns
+from dpocli.artifacts.part_file import OpenPart, open_part
+from dpocli.artifacts.row_group import Ragged, RowGroup
+from dpocli.artifacts.tokenizer_identity import compare_tokenizer
+from dpocli.data.preference import EncodedPair
 from dpocli.errors import CacheError
 
 if TYPE_CHECKING:
@@ -42,60 +38,7 @@ if TYPE_CHECKING:
 DEFAULT_MEMORY_BYTES = 256 << 20
 MAX_OPEN_PARTS = 64
 
-_PLAIN = ("row", "pair_id", "source", "weight", "num_turns", "truncated")
 _SAME_LINE = "Run the line that made it again: it writes what is missing or damaged and keeps the rest."
-
-
-@dataclass(frozen=True, slots=True)
-class PairColumns:
-    """What is known of every pair without its tokens: arrays of shape (pairs,), in order of source rows."""
-
-    rows: NDArray[np.int64]
-    pair_ids: NDArray[np.uint8]
-    """Shape (pairs, 16)."""
-    sources: NDArray[np.object_]
-    """The label of each pair; equal labels of a part are one string in memory."""
-    weights: NDArray[np.float32]
-    num_turns: NDArray[np.int16]
-    prompt_tokens: NDArray[np.int32]
-    chosen_tokens: NDArray[np.int32]
-    rejected_tokens: NDArray[np.int32]
-    truncated: NDArray[np.bool_]
-    reference_chosen: NDArray[np.float64]
-    """Nats, summed over the tokens that count; NaN where no reference scored the pairs."""
-    reference_rejected: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, table: pa.Table) -> "PairColumns":
-        """From a table with the columns of SMALL_COLUMNS."""
-        labels = table["source"].combine_chunks().dictionary_encode()
-        return cls(
-            rows=table["row"].to_numpy(),
-            pair_ids=np.frombuffer(bytes.fromhex("".join(table["pair_id"].to_pylist())), np.uint8).reshape(-1, 16),
-            sources=np.array(labels.dictionary.to_pylist(), dtype=object)[labels.indices.to_numpy()],
-            weights=table["weight"].to_numpy(),
-            num_turns=table["num_turns"].to_numpy(),
-            prompt_tokens=table["prompt_tokens"].to_numpy(),
-            chosen_tokens=table["chosen_tokens"].to_numpy(),
-            rejected_tokens=table["rejected_tokens"].to_numpy(),
-            truncated=table["truncated"].to_numpy(),
-            reference_chosen=table["ref_chosen_logps"].to_numpy(),
-            reference_rejected=table["ref_rejected_logps"].to_numpy(),
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence["PairColumns"]) -> "PairColumns":
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
-
-    def agree(self, start: int, other: "PairColumns") -> bool:
-        """Whether `other` holds what stands here from `start` on."""
-        stop = start + len(other.rows)
-        arrays = ((getattr(self, field.name)[start:stop], getattr(other, field.name)) for field in fields(self))
-        return all(
-            mine.tobytes() == theirs.tobytes() if mine.dtype != object else (mine == theirs).all()
-            for mine, theirs in arrays
-        )
 
 
 class PairStore:
@@ -120,7 +63,7 @@ class PairStore:
         self._paths = [directory / footer.tile.file_name for footer in footers]
         self._part_starts = np.cumsum([0, *(footer.num_pairs for footer in footers)])
         self._parts: OrderedDict[int, OpenPart] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], _Group] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._memory_bytes = memory_bytes
         self._lock = threading.Lock()
 
@@ -179,7 +122,7 @@ class PairStore:
         for part in range(len(self._paths)):
             for group in range(self._num_groups(part)):
                 with self._lock:
-                    prompts = _Ragged.of(self._part(part).read_group(group, ["prompt_ids"])["prompt_ids"])
+                    prompts = Ragged.of(self._part(part).read_group(group, ["prompt_ids"])["prompt_ids"])
                 hashes += [_hash_ids(prompts[row]) for row in range(len(prompts))]
         return np.array(hashes, dtype=np.uint64)
 
@@ -221,7 +164,7 @@ class PairStore:
     def _num_groups(self, part: int) -> int:
         return -(-int(self._part_starts[part + 1] - self._part_starts[part]) // ROWS_PER_GROUP)
 
-    def _group(self, part: int, group: int) -> "_Group":
+    def _group(self, part: int, group: int) -> RowGroup:
         with self._lock:
             key = (part, group)
             if key not in self._groups:
@@ -233,12 +176,12 @@ class PairStore:
             self._groups.move_to_end(key)
             return self._groups[key]
 
-    def _read_group(self, part: int, group: int) -> "_Group":
+    def _read_group(self, part: int, group: int) -> RowGroup:
         table = self._part(part).read_group(group)
         start = int(self._part_starts[part]) + group * ROWS_PER_GROUP
         if not self.columns.agree(start, PairColumns.of(table)):
             raise DamagedPartError(self._paths[part], f"row group {group} is not what it was when the cache was opened")
-        return _Group(table, self._paths[part])
+        return RowGroup(table, self._paths[part])
 
     def _part(self, part: int) -> OpenPart:
         if part not in self._parts:
@@ -247,58 +190,6 @@ class PairStore:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(part)
         return self._parts[part]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ragged:
-    """A list column: one array a row, or None."""
-
-    values: NDArray[Any]
-    offsets: NDArray[np.int32]
-    is_valid: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, column: pa.ChunkedArray) -> "_Ragged":
-        lists = column.combine_chunks()
-        valid = lists.is_valid().to_numpy(zero_copy_only=False)
-        return cls(lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy(), valid)
-
-    def __len__(self) -> int:
-        return len(self.is_valid)
-
-    def __getitem__(self, row: int) -> Any:
-        """A copy: writable, as torch wants it, and not keeping the whole row group in memory."""
-        if not self.is_valid[row]:
-            return None
-        return self.values[self.offsets[row] : self.offsets[row + 1]].copy()
-
-
-class _Group:
-    """A row group in memory."""
-
-    def __init__(self, table: pa.Table, path: Path) -> None:
-        self._path = path
-        self._columns = {name: table[name].to_pylist() for name in _PLAIN}
-        self._kept = {name: (table[name].to_pylist(), is_json) for name, is_json in kept_columns(table.schema).items()}
-        self._ragged = {name: _Ragged.of(table[name]) for name in TOKEN_COLUMNS.names}
-        self.num_bytes = table.nbytes + sum(ragged.values.nbytes for ragged in self._ragged.values())
-
-    def pair(self, row: int) -> EncodedPair:
-        """The pair at a place of the group, its tokens checked against their hash."""
-        tokens = {name: ragged[row] for name, ragged in self._ragged.items()}
-        chosen_logps, rejected_logps = tokens.pop("ref_chosen_token_logps"), tokens.pop("ref_rejected_token_logps")
-        plain = {name: values[row] for name, values in self._columns.items()}
-        if pair_id(**tokens) != plain["pair_id"]:
-            raise DamagedPartError(
-                self._path, f"the tokens of row {plain['row']} do not have the hash that stands beside them"
-            )
-        kept = {name: _decode(values[row], is_json) for name, (values, is_json) in self._kept.items()}
-        reference = None if chosen_logps is None else ReferenceLogps(chosen_logps, rejected_logps)
-        return EncodedPair(**plain, **tokens, kept=kept, reference=reference)
-
-
-def _decode(value: Any, is_json: bool) -> Any:
-    return json.loads(value) if is_json and value is not None else value
 
 
 def _hash_ids(ids: NDArray[np.int32]) -> int:

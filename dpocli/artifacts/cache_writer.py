@@ -22,20 +22,17 @@ from dpocli.artifacts.cache_format import (
     SEAL_KEY,
     DamagedPartError,
     KeptType,
-    OpenPart,
     PartFooter,
     SkippedRow,
     Tile,
-    blank_seal,
     cache_schema,
     describe_directory,
     kept_type,
-    open_part,
-    seal,
     tiles,
 )
 from dpocli.artifacts.files import make_directory, remove_stale_temporaries, write_atomically
 from dpocli.artifacts.fingerprint import Fingerprint, compare
+from dpocli.artifacts.part_file import OpenPart, blank_seal, open_part, seal
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped
 from dpocli.errors import CacheError, DataError, NumericsError, UsageError
 

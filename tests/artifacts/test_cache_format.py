@@ -12,9 +12,9 @@ from dpocli.artifacts.cache_format import (
     cache_schema,
     kept_columns,
     kept_types,
-    open_part,
     tiles,
 )
+from dpocli.artifacts.part_file import open_part
 from dpocli.errors import UsageError
 from tests.artifacts.frozen_cache_v1.make_frozen_cache import KEPT, fill
 

@@ -10,14 +10,13 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.fingerprint import (
     SETTINGS,
     Fingerprint,
-    TokenizerIdentity,
     build_fingerprint,
     compare,
     compare_references,
-    compare_tokenizer,
     information_differences,
     is_reference,
 )
+from dpocli.artifacts.tokenizer_identity import TokenizerIdentity, compare_tokenizer
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.rows import ContentPart
 from dpocli.errors import CacheError

@@ -193,7 +193,7 @@ def dpocli_training(*, budget: bool, checkpointing: bool) -> Outcome:
         policy.scorer.zero_grad()
         with PeakMemory() as memory:
             loss = step(pairs)
-        norm = grad_norm(parameter for _, parameter in policy.parameters())
+        norm = grad_norm(policy.scorer.parameters())
     return Outcome(memory.before, memory.peak, loss=loss, grad_norm=norm)
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from dpocli.artifacts.cache_format import KeptType
 from dpocli.artifacts.cache_writer import CacheWriter
-from dpocli.artifacts.fingerprint import Fingerprint, TokenizerIdentity
+from dpocli.artifacts.fingerprint import Fingerprint
+from dpocli.artifacts.tokenizer_identity import TokenizerIdentity
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
 from dpocli.data.rows import ContentPart
 from dpocli.data.tokens import pair_id

@@ -1,0 +1,60 @@
+"""What is known of every pair of a cache without its tokens."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class PairColumns:
+    """What is known of every pair without its tokens: arrays of shape (pairs,), in order of source rows."""
+
+    rows: NDArray[np.int64]
+    pair_ids: NDArray[np.uint8]
+    """Shape (pairs, 16)."""
+    sources: NDArray[np.object_]
+    """The label of each pair; equal labels of a part are one string in memory."""
+    weights: NDArray[np.float32]
+    num_turns: NDArray[np.int16]
+    prompt_tokens: NDArray[np.int32]
+    chosen_tokens: NDArray[np.int32]
+    rejected_tokens: NDArray[np.int32]
+    truncated: NDArray[np.bool_]
+    reference_chosen: NDArray[np.float64]
+    """Nats, summed over the tokens that count; NaN where no reference scored the pairs."""
+    reference_rejected: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> "PairColumns":
+        """From a table with the columns of SMALL_COLUMNS."""
+        labels = table["source"].combine_chunks().dictionary_encode()
+        return cls(
+            rows=table["row"].to_numpy(),
+            pair_ids=np.frombuffer(bytes.fromhex("".join(table["pair_id"].to_pylist())), np.uint8).reshape(-1, 16),
+            sources=np.array(labels.dictionary.to_pylist(), dtype=object)[labels.indices.to_numpy()],
+            weights=table["weight"].to_numpy(),
+            num_turns=table["num_turns"].to_numpy(),
+            prompt_tokens=table["prompt_tokens"].to_numpy(),
+            chosen_tokens=table["chosen_tokens"].to_numpy(),
+            rejected_tokens=table["rejected_tokens"].to_numpy(),
+            truncated=table["truncated"].to_numpy(),
+            reference_chosen=table["ref_chosen_logps"].to_numpy(),
+            reference_rejected=table["ref_rejected_logps"].to_numpy(),
+        )
+
+    @classmethod
+    def joined(cls, parts: Sequence["PairColumns"]) -> "PairColumns":
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+
+    def agree(self, start: int, other: "PairColumns") -> bool:
+        """Whether `other` holds what stands here from `start` on."""
+        stop = start + len(other.rows)
+        arrays = ((getattr(self, field.name)[start:stop], getattr(other, field.name)) for field in fields(self))
+        return all(
+            mine.tobytes() == theirs.tobytes() if mine.dtype != object else (mine == theirs).all()
+            for mine, theirs in arrays
+        )
