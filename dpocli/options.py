@@ -103,7 +103,7 @@ class Option:
         text = self.info.description or ""
         if self.info.is_required():
             text += " (required)"
-        elif self.info.default not in (None, [], False):
+        elif self.info.default not in (None, []) and self.info.default is not False:
             text += f" (default: {self.info.default})"
         return text.replace("[", r"\[")
 

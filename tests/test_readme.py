@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 
 from dpocli import __version__
+from dpocli.artifacts.cache_format import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
 from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.foreign import FOREIGN_OPTIONS
@@ -196,8 +197,14 @@ def test_the_file_tree_is_the_package():
     assert set(listed) == modules | {f"{file.parent}/" for file in files}
 
 
-def test_the_changelog_knows_this_version():
-    assert f"\n## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_changelog_names_this_version_and_the_columns_beyond_the_first_design():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"\n## [{__version__}]" in changelog
+    first = "row pair_id source weight num_turns prompt_ids chosen_ids rejected_ids chosen_mask rejected_mask "
+    first += "ref_chosen_token_logps ref_rejected_token_logps ref_chosen_logps ref_rejected_logps"
+    sentence = changelog.partition("beyond the first design")[2].partition(".")[0]
+    added = {*SMALL_COLUMNS.names, *TOKEN_COLUMNS.names} - {*first.split()}
+    assert {*re.findall(r"`([a-z_]+)`", sentence)} == added
 
 
 # the SLURM script

@@ -36,6 +36,7 @@ SMALL_COLUMNS = pa.schema(
         pa.field("chosen_tokens", pa.int32(), nullable=False),
         pa.field("rejected_tokens", pa.int32(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
+        pa.field("prompt_hash", pa.uint64(), nullable=False),
         pa.field("ref_chosen_logps", pa.float64()),
         pa.field("ref_rejected_logps", pa.float64()),
     ]

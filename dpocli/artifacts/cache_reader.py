@@ -1,6 +1,5 @@
 """Reading a reference cache: what all pairs look like at start, the tokens of some whenever they are asked for."""
 
-import hashlib
 import os
 import threading
 from collections import Counter, OrderedDict
@@ -27,7 +26,7 @@ from dpocli.artifacts.files import file_errors_in_words
 from dpocli.artifacts.fingerprint import compare, compare_references
 from dpocli.artifacts.pair_columns import PairColumns
 from dpocli.artifacts.part_file import OpenPart, open_part
-from dpocli.artifacts.row_group import Ragged, RowGroup
+from dpocli.artifacts.row_group import RowGroup
 from dpocli.artifacts.tokenizer_identity import compare_tokenizer
 from dpocli.data.preference import EncodedPair
 from dpocli.errors import CacheError
@@ -116,16 +115,6 @@ class PairStore:
             pairs[index] = self._load_one(index)
         return [pairs[index] for index in wanted.tolist()]
 
-    def prompt_hashes(self) -> NDArray[np.uint64]:
-        """A hash of each pair's prompt ids, shape (pairs,): the same on every machine. Reads all parts once."""
-        hashes = []
-        for part in range(len(self._paths)):
-            for group in range(self._num_groups(part)):
-                with self._lock:
-                    prompts = Ragged.of(self._part(part).read_group(group, ["prompt_ids"])["prompt_ids"])
-                hashes += [_hash_ids(prompts[row]) for row in range(len(prompts))]
-        return np.array(hashes, dtype=np.uint64)
-
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         """Make sure that a policy's tokenizer means the same by the same ids; further ids are fine.
 
@@ -190,10 +179,6 @@ class PairStore:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(part)
         return self._parts[part]
-
-
-def _hash_ids(ids: NDArray[np.int32]) -> int:
-    return int.from_bytes(hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest(), "little")
 
 
 def _read_columns(part: OpenPart) -> PairColumns:

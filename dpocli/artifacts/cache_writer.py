@@ -191,6 +191,7 @@ class CacheWriter:
             "chosen_tokens": [len(pair.chosen_ids) for pair in pairs],
             "rejected_tokens": [len(pair.rejected_ids) for pair in pairs],
             "truncated": [pair.truncated for pair in pairs],
+            "prompt_hash": np.array([pair.prompt_hash for pair in pairs], dtype=np.uint64),
             "ref_chosen_logps": [chosen for chosen, _ in sums],
             "ref_rejected_logps": [rejected for _, rejected in sums],
             "prompt_ids": _lists([pair.prompt_ids for pair in pairs], np.int32),

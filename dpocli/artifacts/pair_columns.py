@@ -23,6 +23,8 @@ class PairColumns:
     chosen_tokens: NDArray[np.int32]
     rejected_tokens: NDArray[np.int32]
     truncated: NDArray[np.bool_]
+    prompt_hashes: NDArray[np.uint64]
+    """Equal for equal prompts, the same on every machine."""
     reference_chosen: NDArray[np.float64]
     """Nats, summed over the tokens that count; NaN where no reference scored the pairs."""
     reference_rejected: NDArray[np.float64]
@@ -41,6 +43,7 @@ class PairColumns:
             chosen_tokens=table["chosen_tokens"].to_numpy(),
             rejected_tokens=table["rejected_tokens"].to_numpy(),
             truncated=table["truncated"].to_numpy(),
+            prompt_hashes=table["prompt_hash"].to_numpy(),
             reference_chosen=table["ref_chosen_logps"].to_numpy(),
             reference_rejected=table["ref_rejected_logps"].to_numpy(),
         )

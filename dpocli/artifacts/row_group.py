@@ -13,7 +13,7 @@ from dpocli.artifacts.cache_format import TOKEN_COLUMNS, DamagedPartError, kept_
 from dpocli.data.encode import pair_id
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 
-_PLAIN = ("row", "pair_id", "source", "weight", "num_turns", "truncated")
+_PLAIN = ("row", "pair_id", "source", "weight", "num_turns", "truncated", "prompt_hash")
 
 
 @dataclass(frozen=True, slots=True)

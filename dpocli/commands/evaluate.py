@@ -1,6 +1,6 @@
 """`dpocli evaluate`: reward accuracy and margins of a policy over a cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
     provenance = Provenance.of(directory)
     loss = LossChoice.from_options(options, provenance.loss)
     check_inputs(options, loss)
-    inputs = Inputs.open(options, loss, load_tokenizer(directory, options))
+    inputs = Inputs.open(options, loss, load_tokenizer(directory, options), terminal)
     with (
         joined(device) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
@@ -53,8 +53,13 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         model = load_model(directory, options, dtype, device)
         scorer = PairScorer(model, collision=loss.spec.needs_collision)
         budget = token_budget(options.token_budget, device)
+
+        def go_on() -> None:
+            if processes.any(bool(stop) or out.stop_requested()):
+                raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
+
         with terminal.progress(len(store), "evaluate") as progress:
-            parts = list(_scored(scorer, loss, store, budget, processes, progress, stop))
+            parts = list(_scored(scorer, loss, store, budget, processes, progress, go_on))
         table = PairTable.joined(processes.gather(parts))
         _check_finite(table)
         report = figures(table) | {
@@ -76,14 +81,13 @@ def _scored(
     budget: int,
     processes: Processes,
     progress: Progress,
-    stop: StopFlag,
+    go_on: Callable[[], None],
 ) -> Iterator[PairTable]:
     """This process's pairs, in pieces, with everything that is reported of them."""
     for start in range(0, len(store), PAIRS_AT_ONCE):
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
         for positions, pairs in my_passes(view, np.arange(len(view)), budget, processes):
-            if stop:
-                raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
+            go_on()
             if not pairs:
                 continue
             with torch.no_grad():

@@ -37,9 +37,13 @@ class Inputs:
 
     @classmethod
     def open(
-        cls, options: TrainOptions | EvaluateOptions, loss: LossChoice, tokenizer: PreTrainedTokenizerBase
+        cls,
+        options: TrainOptions | EvaluateOptions,
+        loss: LossChoice,
+        tokenizer: PreTrainedTokenizerBase,
+        terminal: Terminal,
     ) -> "Inputs":
-        """Opens what the options name.
+        """Opens what the options name, and tells what is worth knowing about the tokenizer.
 
         Raises:
             UsageError: there are no such files.
@@ -47,10 +51,10 @@ class Inputs:
             CacheError: a cache is missing, incomplete, damaged, of another tokenizer or of another reference, or holds no
                 log-probs although the loss needs them.
         """
-        reference = _open_cache(options.reference, loss, tokenizer) if options.reference else None
+        reference = _open_cache(options.reference, loss, tokenizer, terminal) if options.reference else None
         held_out = None
         if isinstance(options, TrainOptions) and options.eval_reference:
-            held_out = _open_cache(options.eval_reference, loss, tokenizer)
+            held_out = _open_cache(options.eval_reference, loss, tokenizer, terminal)
             _refuse_empty(held_out)
             if reference is not None and reference.has_reference:
                 reference.check_same_reference(held_out)
@@ -74,18 +78,6 @@ class Inputs:
                 "field `weight` of the data, or leave it out."
             )
         return store
-
-
-def open_pairs(
-    options: TrainOptions | EvaluateOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    scratch: Path,
-    processes: Processes,
-    terminal: Terminal,
-) -> PairStore:
-    """Until train calls `Inputs.open` before its RunDirectory."""
-    loss = LossChoice.from_options(options)
-    return Inputs.open(options, loss, tokenizer).pairs(scratch, processes, terminal)
 
 
 def check_inputs(options: TrainOptions | EvaluateOptions, loss: LossChoice) -> None:
@@ -120,9 +112,10 @@ def precompute_line(options: TrainOptions | EvaluateOptions) -> str:
     return shlex.join(words)
 
 
-def _open_cache(directory: Path, loss: LossChoice, tokenizer: PreTrainedTokenizerBase) -> PairStore:
+def _open_cache(directory: Path, loss: LossChoice, tokenizer: PreTrainedTokenizerBase, terminal: Terminal) -> PairStore:
     store = PairStore.open(directory)
-    store.check_tokenizer(tokenizer)
+    if notes := store.check_tokenizer(tokenizer):
+        terminal.warn(f"Since {directory} was made: {'; '.join(notes)}. The cached pairs are used as they are.")
     if loss.spec.needs_reference and not store.has_reference:
         raise CacheError(
             f"The pairs of {directory} were encoded for training without a reference, and --loss {loss.name} compares with "
@@ -147,7 +140,7 @@ def _encoded(
     fingerprint = build_fingerprint(
         options, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
     )
-    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART)
+    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, say=terminal.warn)
     writer.check()
     tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
     for tile in writer.missing(processes.rank, processes.count):

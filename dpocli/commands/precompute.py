@@ -53,7 +53,7 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
         StopFlag() as stop,
     ):
         terminal.say(f"{rows.num_rows:,} rows; reference {options.model} in {dtype_name(dtype)} on {device}")
-        writer = _open_cache(options, rows, model_directory, tokenizer, dtype, device)
+        writer = _open_cache(options, rows, model_directory, tokenizer, dtype, device, terminal)
         out.write_config(options)
         worker, num_workers = options.worker
         missing = writer.missing(worker + num_workers * rank, num_workers * num_ranks)
@@ -65,13 +65,17 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
             """Loaded when the first tile needs it: a cache that is complete costs no model."""
             return PairScorer(load_model(model_directory, options, dtype, device))
 
+        def go_on() -> None:
+            """The open tile is thrown away: what counts is that the node is left in time."""
+            if stop or out.stop_requested():
+                raise PreemptedError(_stopped(writer))
+
         with terminal.progress(sum(tile.num_rows for tile in missing), "precompute") as progress:
             for tile in missing:
-                if stop or out.stop_requested():
-                    raise PreemptedError(_stopped(writer))
+                go_on()
                 pairs, skipped = tiles.encode(tile)
                 if pairs:
-                    pairs = reference_logps(scorer(), pairs, budget, device, progress)
+                    pairs = reference_logps(scorer(), pairs, budget, device, progress, go_on)
                 writer.write(tile, pairs, skipped)
                 progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles)
@@ -87,6 +91,7 @@ def _open_cache(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     device: torch.device,
+    terminal: Terminal,
 ) -> CacheWriter:
     fingerprint = build_fingerprint(
         options,
@@ -102,7 +107,7 @@ def _open_cache(
     )
     first_rows = (raw.fields for raw in rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
     kept = kept_types(first_rows, options.keep_columns)
-    writer = CacheWriter(options.out, fingerprint, rows.num_rows, options.rows_per_part, kept)
+    writer = CacheWriter(options.out, fingerprint, rows.num_rows, options.rows_per_part, kept, say=terminal.warn)
     writer.check()
     return writer
 

@@ -13,7 +13,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.fingerprint import information_differences, is_reference
 from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands.inputs import check_inputs, open_pairs
+from dpocli.commands.inputs import Inputs, check_inputs
 from dpocli.commands.resume import finished_summary
 from dpocli.config.models import LossChoice, TrainOptions
 from dpocli.engine import step0
@@ -35,7 +35,7 @@ from dpocli.engine.policy import Policy
 from dpocli.engine.run import run_steps
 from dpocli.engine.schedule import Schedule, learning_rates
 from dpocli.engine.stop import StopFlag
-from dpocli.engine.trackers import Trackers
+from dpocli.engine.trackers import Trackers, check_trackers
 from dpocli.errors import NumericsError, UsageError
 from dpocli.objective.scoring import PairScorer
 from dpocli.terminal import Printer, Terminal
@@ -48,6 +48,8 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     device = pick_device(options.device)
     model_directory = locate_model(options)
     tokenizer = load_tokenizer(model_directory, options)
+    check_trackers(options)
+    inputs = Inputs.open(options, loss, tokenizer, terminal)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(device, even_alone=True))
         out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
@@ -55,9 +57,9 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         if finished := finished_summary(options):
             terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
             return
-        store = open_pairs(options, tokenizer, options.scratch or options.out, processes, terminal)
+        store = inputs.pairs(options.scratch or options.out, processes, terminal)
         out.write_config(options)
-        training, held_out = split_pairs(options, store, tokenizer)
+        training, held_out = split_pairs(options, store, inputs.held_out)
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
         _refuse_float16(dtype)
         schedule = Schedule.plan(options, len(training), processes.count)
@@ -88,20 +90,16 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
 
 
 def split_pairs(
-    options: TrainOptions, store: PairStore, tokenizer: PreTrainedTokenizerBase
+    options: TrainOptions, store: PairStore, held_out_store: PairStore | None
 ) -> tuple[PairView, PairView | None]:
     """Training pairs, and held-out ones where they are asked for; no prompt is on both sides of a split."""
     everything = np.arange(len(store))
-    if options.eval_reference:
-        other = PairStore.open(options.eval_reference)
-        other.check_tokenizer(tokenizer)
-        if store.has_reference:
-            store.check_same_reference(other)
-        return PairView(store, everything), PairView(other, np.arange(len(other)))
+    if held_out_store:
+        return PairView(store, everything), PairView(held_out_store, np.arange(len(held_out_store)))
     if not options.eval_fraction:
         return PairView(store, everything), None
     # The hash decides, not a draw: the same prompt is held out in every run, whatever the order of the data.
-    held_out = store.prompt_hashes() / 2.0**64 < options.eval_fraction
+    held_out = store.columns.prompt_hashes / 2.0**64 < options.eval_fraction
     if not held_out.any() or held_out.all():
         raise UsageError(
             f"--eval-fraction {options.eval_fraction}: that leaves {int(held_out.sum())} of {len(store)} pairs held out. "

@@ -1,5 +1,7 @@
 """`Preference` → `EncodedPair`: each text tokenized once, the split into prompt and sides, masks, truncation."""
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -204,8 +206,15 @@ def _pair(preference: Preference, tokens: PairTokens) -> EncodedPair:
         weight=preference.weight,
         num_turns=num_turns(preference),
         truncated=tokens.truncated,
+        prompt_hash=prompt_hash(preference),
         kept=preference.kept,
     )
+
+
+def prompt_hash(preference: Preference) -> int:
+    """The first 64 bits of a hash of the prompt: what a split by prompt goes by, on every machine alike."""
+    text = json.dumps(preference.prompt, sort_keys=True, ensure_ascii=False, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def _begins(ids: TokenIds, prefix: TokenIds) -> bool:

@@ -91,6 +91,8 @@ class EncodedPair:
     weight: float = 1.0
     num_turns: int = 1
     truncated: bool = False
+    prompt_hash: int = 0
+    """64 bits of a hash of the prompt as written: equal prompts have equal ones, however their tokens were cut."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     reference: ReferenceLogps | None = None
     """None until a reference has scored the pair, and for reference-free training."""

@@ -1,6 +1,6 @@
 """Pairs through the scorer: which pairs this process takes, in which micro-batches, and what comes out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -62,11 +62,20 @@ class PairView:
 
 
 def reference_logps(
-    scorer: PairScorer, pairs: Sequence[EncodedPair], budget: int, device: torch.device, progress: Progress
+    scorer: PairScorer,
+    pairs: Sequence[EncodedPair],
+    budget: int,
+    device: torch.device,
+    progress: Progress,
+    go_on: Callable[[], None],
 ) -> list[EncodedPair]:
-    """The same pairs, in the same order, with the log-probs that the scorer gives them."""
+    """The same pairs, in the same order, with the log-probs that the scorer gives them.
+
+    `go_on` is called before each forward pass, and may raise to stop.
+    """
     scored: list[EncodedPair] = list(pairs)
     for members in pack([pair.num_tokens_longer for pair in pairs], budget):
+        go_on()
         with torch.no_grad():
             batch, tokens = score(scorer, [pairs[index] for index in members], device)
         chosen = np.split(tokens.chosen.cpu().numpy(), np.cumsum(batch.chosen_lengths)[:-1])

@@ -1,5 +1,6 @@
 """Metrics to TensorBoard and Weights & Biases, for those who ask for it with `--track`."""
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -33,10 +34,8 @@ _Sink = tuple[Callable[[Mapping[str, float]], None], Callable[[], None]]
 
 
 def _tensorboard(options: TrainOptions) -> _Sink:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise _missing("tensorboard") from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer: Any = SummaryWriter(str(options.out / "tensorboard"))
 
     def write(row: Mapping[str, float]) -> None:
@@ -49,10 +48,8 @@ def _tensorboard(options: TrainOptions) -> _Sink:
 
 
 def _wandb(options: TrainOptions) -> _Sink:
-    try:
-        import wandb
-    except ImportError:
-        raise _missing("wandb") from None
+    import wandb
+
     # The name of the directory names the run, so that a resumed run goes on in the same curves.
     run = wandb.init(
         project="dpocli",
@@ -64,10 +61,13 @@ def _wandb(options: TrainOptions) -> _Sink:
     return lambda row: run.log(dict(row), step=int(row["step"])), run.finish
 
 
+def check_trackers(options: TrainOptions) -> None:
+    """Raises UsageError where a tracker of `--track` is not installed."""
+    for name in options.track:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"--track {name}: it is not installed. `pip install 'dpocli[trackers]'`, or leave the option out."
+            )
+
+
 _OPENERS: Mapping[str, Callable[[TrainOptions], _Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb}
-
-
-def _missing(name: str) -> UsageError:
-    return UsageError(
-        f"--track {name}: it is not installed. `pip install 'dpocli[trackers]'`, or leave the option out."
-    )

@@ -61,6 +61,7 @@ def test_the_columns_are_those_of_the_contract(part):
         "chosen_tokens",
         "rejected_tokens",
         "truncated",
+        "prompt_hash",
         *KEPT,
     }
 
@@ -77,7 +78,7 @@ def test_row_groups_compression_and_page_checksums(part):
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [64, 64, 64, 7]
     assert {metadata.row_group(0).column(column).compression for column in range(metadata.num_columns)} == {"ZSTD"}
     content = bytearray(part.read_bytes())
-    ids = metadata.row_group(1).column(pq.ParquetFile(part).schema.names.index("truncated") + 3)
+    ids = metadata.row_group(1).column(pq.ParquetFile(part).schema.names.index("prompt_hash") + 3)
     content[ids.data_page_offset + ids.total_compressed_size - 2] ^= 1
     part.write_bytes(content)
     with pytest.raises(OSError, match="CRC"):

@@ -44,7 +44,7 @@ def test_the_frozen_cache_of_format_1_reads_for_ever():
     assert store.skipped == {"the sides are identical": 2}
     assert [skip.where for skip in store.skipped_rows] == ["prefs.jsonl:3", "prefs.jsonl:8"]
     assert store.fingerprint == make_fingerprint()
-    assert store.prompt_hashes()[0] == 17844543651034017756
+    assert store.columns.prompt_hashes[0] == 2**64 - 1
 
 
 def test_round_trip(made):
@@ -123,18 +123,6 @@ def test_positions_out_of_range(made):
             store.load([index])
 
 
-def test_prompt_hashes_depend_on_the_prompt_alone(tmp_path):
-    writer = CacheWriter(tmp_path, make_fingerprint(4, 4), 4, 4)
-    writer.check()
-    pairs = [make_pair(row) for row in range(4)]
-    pairs[3] = replace(pairs[0], row=3, source="elsewhere")
-    writer.write(writer.tiles[0], pairs)
-    hashes = PairStore.open(tmp_path).prompt_hashes()
-    assert hashes.dtype == np.uint64
-    assert hashes[0] == hashes[3]
-    assert len(set(hashes.tolist())) == 3
-
-
 def test_a_part_without_pairs(tmp_path):
     writer = CacheWriter(tmp_path, make_fingerprint(4, 2), 4, 2)
     writer.check()
@@ -144,7 +132,7 @@ def test_a_part_without_pairs(tmp_path):
     store = PairStore.open(tmp_path)
     assert [pair.row for pair in store.load([0, 1])] == [2, 3]
     assert store.skipped == {"longer than --max-length": 2}
-    assert len(store.prompt_hashes()) == 2
+    assert len(store.columns.prompt_hashes) == 2
 
 
 def test_skipped_rows_are_counted_in_full_and_listed_in_part(tmp_path):
@@ -224,8 +212,6 @@ def test_a_flipped_byte_among_the_tokens_is_found_when_they_are_read(directory):
     store.load(range(64))
     with pytest.raises(CacheError, match=f"{part.name} .* row group 1 .* has changed"):
         store.load([64])
-    with pytest.raises(CacheError, match=part.name):
-        store.prompt_hashes()
 
 
 def test_a_flipped_byte_in_a_small_column_is_found_at_start(directory):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from dpocli.cli import run_command_line
 from dpocli.errors import ExitCode
@@ -113,6 +114,8 @@ def _make_data(world: World) -> None:
     shutil.copy(world.paths["rows"], world.paths["odd name"])
     world.paths["no_rows"] = world.directory / "no rows in here"
     world.paths["no_rows"].mkdir()
+    world.paths["dangling"] = world.directory / "dangling"
+    world.paths["dangling"].symlink_to(world.directory / "nowhere")
 
 
 def _make_models(world: World) -> None:
@@ -155,6 +158,10 @@ def _make_models(world: World) -> None:
                 {name: tensor[:200].clone() for name, tensor in weights.items() if "embed" in name or "lm_head" in name}
             ),
         )
+    with world.model("few_positions", without=("model.safetensors", "*config.json")) as path:
+        shutil.copy(MODEL / "tokenizer_config.json", path)
+        config = GPT2Config(vocab_size=1536, n_positions=16, n_embd=8, n_layer=1, n_head=1, eos_token_id=3)
+        GPT2LMHeadModel(config).save_pretrained(path)
     with world.model("nan") as path:
         replace_weights(path / "model.safetensors", lambda weights: weights[_a_norm(weights)].fill_(float("nan")))
     with world.model("other_weights") as path:
@@ -205,6 +212,10 @@ def make_caches(world: World) -> None:
     precompute("one_pair_cache", "{one_pair} --model {model}")
     world.paths["run"] = world.directory / "run"
     quiet(*world.arguments("train --model {model} --reference {one_pair_cache} --out {run} --max-steps 2"))
+    world.paths["unscored_run"] = world.directory / "unscored-run"
+    quiet(*world.arguments("train --model {model} --data {one_pair} --loss simpo --out {unscored_run} --max-steps 1"))
+    provenance = world.paths["unscored_run"] / "model" / "dpocli.json"
+    replace_json(provenance, lambda value: value["loss"]["hyperparameters"].update(margin_of_tomorrow=1.0))
     world.paths["project"] = world.directory / "project"
     shutil.copytree(MODEL, world.paths["project"] / "model", copy_function=os.symlink)
 

@@ -5,6 +5,7 @@ A command line stands here as in a shell script; `{name}` is a thing of `broken_
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -135,7 +136,10 @@ WRONG_FROM_THE_START = {
         case("train --model {model} --reference {ref} --dtype float16", "--dtype", "float16", "bfloat16"),
         case("train --model {model} --reference {ref} --track neptune", "--track", "neptune", "wandb"),
         case("train --model {model} --reference {ref} --track wandb", "--track wandb", "pip install 'dpocli[trackers]'"),
+        case("evaluate --model {unscored_run}/model --reference {ref}", "dpocli.json", "simpo", "margin_of_tomorrow", "Update"),
         # a place to write that is none
+        case("train --model {model} --reference {ref} --out {dangling} --json", "--out {dangling}: this is a link that"),
+        case(f"train --model {{model}} --reference {{ref}} --out {{world}}/{'x' * 256} --json", "--out {world}", "too long"),
         case("precompute --model {model} --data {rows} --out {rows} --json", "--out {rows}: this is a file"),
         case("train --model {model} --reference {ref} --out {rows} --json", "--out {rows}: this is a file"),
         case("evaluate --model {model} --reference {ref} --out {rows} --json", "--out {rows}: this is a file"),
@@ -172,6 +176,8 @@ WRONG_FROM_THE_START = {
         case("train --model {model} --reference {damaged}", "rows-0000000016-0000000032.parquet", "damaged", "line that made"),
         case("evaluate --model {model} --reference {damaged}", "rows-0000000016-0000000032.parquet", "damaged"),
         case("train --model {model} --reference {ref} --eval-reference {other_reference}", "different references", "weights"),
+        case("train --model {model} --reference {unscored_run}/pairs", "without a reference", "--loss dpo", "dpocli precompute"),
+        case("evaluate --model {model} --reference {unscored_run}/pairs", "without a reference", "dpocli precompute"),
         case("train --model {model} --reference {ref} --eval-reference {model}", "{model} is a model directory"),
         case("train --model {model} --reference {ref} --eval-reference {damaged}", "damaged"),
         case("train --model {model} --loss simpo --data {rows} --eval-reference {world}/none", "There is no reference cache"),
@@ -207,6 +213,7 @@ WRONG_ON_THE_WAY = {
         case("precompute --model {model} --data {all_skipped}", "2 of 2 rows give no pair", "identical", "jsonl:1:"),
         case("precompute --model {model} --data {all_skipped} --max-skipped 1", "2 of 2 rows give no pair", "no pair is left"),
         case("precompute --model {model} --data {half_skipped}", "3 of 5 rows", "--max-skipped allows 50%", "jsonl:3:"),
+        case("precompute --model {model} --data {not_json} --on-bad-row skip --max-skipped 0.1", "1 of 2 rows", "jsonl:2: the row"),
         case("precompute --model {model} --data {rows} --max-length 2", "6 of 6 rows", "the prompt fills --max-length"),
         case("train --model {model} --data {not_json} --loss simpo", "not_json.jsonl:2", "not JSON"),
         case("evaluate --model {model} --data {no_field} --loss simpo", "no_field.jsonl:2: rejected: missing"),
@@ -227,6 +234,8 @@ WRONG_ON_THE_WAY = {
         case("train --model {more_layers} --reference {ref}", "{more_layers}: 9 weights", "model.layers.4", "random"),
         case("evaluate --model {unknown_architecture} --reference {ref}", "flux-capacitor", "does not recognize"),
         case("train --model {fewer_embeddings} --reference {ref}", "--model", "embeddings for 200", "more tokens"),
+        case("train --model {few_positions} --reference {ref}", "--model", "positions for 16 tokens", "--max-length 16"),
+        case("precompute --model {few_positions} --data {rows} --text-as messages", "for 16 tokens", "--max-length 16"),
         case("train --model {model} --reference {ref} --router-aux-loss-coef 0.1", "--router-aux-loss-coef", "no experts"),
         case("train --model {model} --reference {ref} --eval-fraction 0.0001", "--eval-fraction 0.0001", "0 of 40"),
     ],
@@ -322,10 +331,18 @@ def test_a_run_goes_on_only_with_its_own_settings(world: World, dpocli: Run, tmp
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_an_error_leaves_the_status_of_another_commands_output_alone(world: World, refused: Refused) -> None:
-    before = (world.cache / "status.json").read_text()
-    refused("train --model {model} --reference {ref} --out {ref} --bete 1", USAGE)
-    assert (world.cache / "status.json").read_text() == before
+@pytest.mark.xfail(strict=True, reason="status.record_failure does not look at the command yet")
+def test_a_command_leaves_the_status_of_another_ones_output_alone(world: World, dpocli: Run, tmp_path: Path) -> None:
+    ref = tmp_path / "ref"
+    shutil.copytree(world.cache, ref)
+    status = json.loads((ref / "status.json").read_text()) | {
+        "pid": 0,
+        "pid_started": 0,
+    }  # of another process than this
+    (ref / "status.json").write_text(json.dumps(status))
+    result = dpocli(*world.arguments("train --model {model} --reference {ref} --out {copy}", copy=ref))
+    assert (result.code, result.out) == (USAGE, "")
+    assert json.loads((ref / "status.json").read_text()) == status
 
 
 def test_workers_that_together_skip_too_much_say_so(world: World, dpocli: Run) -> None:
@@ -363,7 +380,10 @@ def test_json_is_all_of_stdout_and_stderr_is_ours_alone(world: World, tmp_path: 
         "import sys, json, dpocli.cli as c; sys.exit(any([c.run_command_line(l) for l in json.loads(sys.argv[1])]))"
     )
     arguments = json.dumps([world.arguments(line, out=tmp_path) for line in lines])
-    done = subprocess.run([sys.executable, "-c", script, arguments], capture_output=True, text=True, cwd=ROOT)
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, arguments], capture_output=True, text=True, cwd=ROOT, env=one_thread
+    )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
     assert [set(result) & {"parts", "steps", "rewards/margins"} for result in results] == [

@@ -154,7 +154,7 @@ def test_a_held_out_fraction_shares_no_prompt_with_training(cache: Path, tmp_pat
 
     store = PairStore.open(cache)
     options = TrainOptions(model=str(MODEL), out=tmp_path, reference=cache, eval_fraction=0.3)
-    training, held_out = split_pairs(options, store, None)  # type: ignore[arg-type]
+    training, held_out = split_pairs(options, store, None)
     assert held_out is not None
     assert len(training) + len(held_out) == len(store) == 40
     prompts = [{pair.prompt_ids.tobytes() for pair in view.load(np.arange(len(view)))} for view in (training, held_out)]

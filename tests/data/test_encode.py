@@ -1,5 +1,6 @@
 import json
 import logging
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from dpocli.config.models import DataOptions
 from dpocli.data.drafts import NOT_A_PREFIX, REWRITTEN
-from dpocli.data.encode import NO_EOS, TEXT_FOR_A_CHAT_MODEL, Encoder, encode_rows, pair_id
+from dpocli.data.encode import NO_EOS, TEXT_FOR_A_CHAT_MODEL, Encoder, encode_rows, pair_id, prompt_hash
 from dpocli.data.forms import BadRowError
 from dpocli.data.preference import EncodedPair, Preference, Skipped, SkipReason
 from dpocli.data.sources import Rows, open_rows
@@ -457,3 +458,18 @@ def test_a_template_that_refuses_one_row_leaves_the_others(tmp_path: Path) -> No
     skip = options(on_bad_row="skip")
     results = list(encode_rows(rows, Encoder(byte_level(template=template), skip), skip, 0, 3))
     assert [isinstance(result, EncodedPair) for result in results] == [True, False, True]
+
+
+def test_equal_prompts_have_one_hash_however_their_tokens_are_cut():
+    """A merge over the boundary moves the end of the prompt's ids, by the answer: a split by prompt must not see it."""
+    prompts = [("Once upon", " a time", " no time"), ("Once upon", "on", "off"), ("Once more", " a", " b")]
+    pairs = [
+        Preference(row=row, where="x", prompt=prompt, chosen=chosen, rejected=rejected)
+        for row, (prompt, chosen, rejected) in enumerate(prompts)
+    ]
+    first, second, third = (prompt_hash(pair) for pair in pairs)
+    assert first == second != third
+    assert 0 <= first < 2**64
+    as_messages = replace(pairs[0], prompt=[{"role": "user", "content": "Once upon"}])
+    reordered = replace(pairs[0], prompt=[{"content": "Once upon", "role": "user"}])
+    assert prompt_hash(as_messages) == prompt_hash(reordered) != first

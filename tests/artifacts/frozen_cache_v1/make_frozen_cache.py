@@ -78,6 +78,7 @@ def make_pair(row: int, *, scored: bool = True, longest: int = 9) -> EncodedPair
         weight=1.0 + row % 2,
         num_turns=1 + row % 4,
         truncated=row % 5 == 0,
+        prompt_hash=2**64 - 1 - row // 2,
         kept={
             "origin": f"naïve {row}",
             "votes": row,
@@ -125,6 +126,7 @@ def describe(pair: EncodedPair) -> dict[str, Any]:
         "weight": pair.weight,
         "num_turns": pair.num_turns,
         "truncated": pair.truncated,
+        "prompt_hash": pair.prompt_hash,
         "kept": dict(pair.kept),
         "chosen_logps": None if reference is None else reference.chosen.tolist(),
         "rejected_logps": None if reference is None else reference.rejected.tolist(),
