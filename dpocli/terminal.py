@@ -25,7 +25,8 @@ WIDTH_OF_A_FILE = 160
 
 def rank_from_environment() -> int:
     """The number that the launcher gave this process; 0 without a launcher."""
-    return int(os.environ.get("RANK") or 0)
+    value = os.environ.get("RANK") or "0"
+    return int(value) if value.isdigit() else 0
 
 
 class Printer:

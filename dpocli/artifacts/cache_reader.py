@@ -235,6 +235,10 @@ def _check_membership(part: OpenPart, tile: Tile, first_name: str, first: PartFo
 
 
 def _part_names(directory: Path) -> list[str]:
+    if directory.is_file():
+        raise CacheError(
+            f"{directory} is a file. A reference cache is a directory: give the one that precompute wrote."
+        )
     if not directory.is_dir():
         raise CacheError(
             f"There is no reference cache {directory}. Make it first: dpocli precompute --model REFERENCE --data "

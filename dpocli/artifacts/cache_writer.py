@@ -281,7 +281,7 @@ def _check_finite(pairs: Sequence[EncodedPair]) -> None:
         rows = ", ".join(map(str, bad[:8])) + (f" and {len(bad) - 8} more" if len(bad) > 8 else "")
         raise NumericsError(
             f"The reference gives log-probs that are not finite (NaN or infinity) for the pairs of the rows {rows}. "
-            "Nothing was written for this tile. Try --dtype float32 (or bfloat16 instead of float16), and look at these rows."
+            "Nothing was written for this tile. Look at the model's weights and at these rows, or try --dtype float32."
         )
 
 

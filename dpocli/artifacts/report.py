@@ -84,10 +84,10 @@ def figures(table: PairTable) -> dict[str, Any]:
 def _figures(table: PairTable) -> dict[str, Any]:
     chosen, rejected, margins = (table.column(name) for name in ("chosen_rewards", "rejected_rewards", "margins"))
     weights = table.column("weight")
-    weighted = (weights * table.column("losses")).sum() / weights.sum() if weights.sum() else 0.0
+    weighted = (weights * table.column("losses")).sum() / weights.sum() if weights.sum() else None
     return {
         "pairs": len(table),
-        "loss": float(weighted),
+        "loss": None if weighted is None else float(weighted),
         "rewards/accuracies": float((chosen > rejected).mean()),
         "rewards/ties": float((chosen == rejected).mean()),
         "rewards/margins": float(margins.mean()),

@@ -48,7 +48,7 @@ def _classify(error: BaseException) -> tuple[ExitCode, str]:
         return ExitCode.RESOURCES, f"Out of memory: {first_line or 'no more to be had'}. Try a smaller --token-budget."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ExitCode.RESOURCES, f"{error.filename or 'The output'}: {error.strerror}. Make room and start again."
-    if isinstance(error, PermissionError) and error.filename:
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
         return ExitCode.USAGE, f"{error.filename}: {error.strerror}."
     return ExitCode.BUG, (
         f"{type(error).__name__}: {error}. This is a bug in dpocli: please report it with the traceback and the command."
@@ -167,10 +167,13 @@ def _boot() -> str | None:
 
 
 def record_failure(directory: Path, outcome: Outcome, command: str, shard: str = "0/1") -> None:
-    """Note a failure in a directory that an earlier run wrote, unless somebody is writing it or has just noted it."""
+    """Note a failure in a directory that an earlier start of the same command wrote.
+
+    Not where somebody is writing it, or has just noted it.
+    """
     file = StatusFile(directory, shard)
     before = file.read()
-    if before is None or is_alive(before) or before.is_of_this_process:
+    if before is None or before.command != command or is_alive(before) or before.is_of_this_process:
         return
     with suppress(OSError, DpoError):
         file.write(replace(new_status(command), **asdict(outcome)))

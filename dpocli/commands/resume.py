@@ -40,4 +40,11 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
             "the settings of that run to go on with it."
         )
     summary = read_json(options.out / "summary.json")
-    return summary if isinstance(summary, dict) and (options.out / "model").is_dir() else None
+    if not isinstance(summary, dict) or not (options.out / "model").is_dir():
+        return None
+    if (earlier.reference, earlier.data) != (options.reference, options.data):
+        raise UsageError(
+            f"--out {options.out}: it holds a finished run on the pairs of {earlier.reference or ', '.join(earlier.data)}. "
+            "Give another directory for other pairs."
+        )
+    return summary

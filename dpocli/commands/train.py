@@ -46,6 +46,9 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     loss = LossChoice.from_options(options)
     check_inputs(options, loss)
     device = pick_device(options.device)
+    if finished := finished_summary(options):
+        terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
+        return
     model_directory = locate_model(options)
     tokenizer = load_tokenizer(model_directory, options)
     check_trackers(options)
@@ -54,14 +57,10 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         processes = stack.enter_context(joined(device, even_alone=True))
         out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
         stop = stack.enter_context(StopFlag())
-        if finished := finished_summary(options):
-            terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
-            return
         store = inputs.pairs(options.scratch or options.out, processes, terminal)
         out.write_config(options)
         training, held_out = split_pairs(options, store, inputs.held_out)
-        dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
-        _refuse_float16(dtype)
+        dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
         budget = token_budget(options.token_budget, device)
         policy = _load_policy(options, loss, model_directory, dtype, processes)
@@ -121,9 +120,14 @@ def _load_policy(
     return Policy(scorer, options, dtype, processes)
 
 
-def _refuse_float16(dtype: torch.dtype) -> None:
+def _training_dtype(options: TrainOptions, store: PairStore, device: torch.device) -> torch.dtype:
+    dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
     if dtype == torch.float16:
-        raise UsageError("--dtype float16: gradients vanish in its narrow range. Train in bfloat16 or float32.")
+        found = "--dtype float16" if options.dtype else f"{store.directory} was scored in float16"
+        raise UsageError(
+            f"{found}: in training, gradients vanish in its narrow range. Give --dtype bfloat16 or --dtype float32."
+        )
+    return dtype
 
 
 def _check_step0(
@@ -139,6 +143,11 @@ def _check_step0(
     """Binding where the policy starts as the reference; else the difference is information."""
     tolerance = options.step0_tolerance or step0.TOLERANCE[dtype]
     found = step0.measure(policy.scorer, training, options.seed, budget, tolerance, processes)
+    if not np.isfinite(found.mean):
+        raise NumericsError(
+            f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
+            f"weights of --model {options.model}, or try --dtype float32."
+        )
     reference = training.store.fingerprint
     if not processes.any(processes.is_first and is_reference(reference, model_directory, options.out / ".hashes.json")):
         terminal.say(f"Step 0, against another model's reference: {found}")
@@ -166,6 +175,11 @@ def _finish(
 ) -> dict[str, Any]:
     """The model, the curves and the summary."""
     weights = policy.weights()
+    if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
+        raise NumericsError(
+            f"After the last step {len(broken)} weights are not finite ({broken[0]}, …); no model was saved. Take an earlier "
+            "checkpoint, or train again with a lower --learning-rate."
+        )
     rows = out.metrics.rows()
     summary: dict[str, Any] = {
         "out": str(options.out),

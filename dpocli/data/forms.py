@@ -1,7 +1,6 @@
 """Raw rows → `Preference`: every accepted form of a row, told apart by its fields."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +11,8 @@ from dpocli.data.rows import RawRow
 from dpocli.errors import DataError
 
 CONVERSATIONS = "conversations"
+LARGEST_WEIGHT = 3.4e38
+"""float32, in which caches hold weights, goes a little further."""
 _ON_ANY_ROW = ("system", "tools", "chat_template_kwargs", "source", "weight")
 _SET_HERE = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
@@ -219,7 +220,7 @@ def _read_text(fields: Mapping[str, Any], name: str) -> str:
 def _read_weight(value: Any) -> float:
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
         raise FieldError("weight", f"a finite number of at least 0 is expected, found {value!r}")
     return float(value)
 

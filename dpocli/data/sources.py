@@ -73,7 +73,7 @@ def _open_named(name: str, options: DataOptions, first_row: int) -> list[RowFile
         files = [_open_saved(path, options, first_row)] if saved else _open_directory(path, options, first_row)
     elif path.exists():
         files = [_open_file(path, options, first_row)]
-    elif _HUB_ID.fullmatch(name) and not _opener(path):
+    elif _HUB_ID.fullmatch(name) and not _opener(path) and not path.parent.is_dir():
         files = [_open_hub(name, options, first_row)]
     else:
         raise UsageError(f"--data {name}: there is no such file or directory. It takes {_ACCEPTED}.")

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dpocli.artifacts.files import sync_directory
 from dpocli.engine.mesh import Processes
 from dpocli.engine.policy import Policy, place
+from dpocli.errors import UsageError
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -67,7 +68,21 @@ def save(
 
 
 def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts weights and moments back, each process taking its part, and returns the rest of the state."""
+    """Puts weights and moments back, each process taking its part, and returns the rest of the state.
+
+    Raises:
+        UsageError: a file of it is damaged.
+    """
+    try:
+        return _load(path, policy, optimizer)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}). Remove that directory: the same command "
+            "line then goes on from the checkpoint before it, or from the start."
+        ) from error
+
+
+def _load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     with safe_open(path / "model.safetensors", "pt") as weights, torch.no_grad():
         for name, parameter in policy.masters:
             place(weights.get_tensor(name), parameter)

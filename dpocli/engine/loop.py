@@ -101,6 +101,11 @@ class Trainer:
                 if pairs:
                     sums += self._loss(batch, tokens, pairs)[1]
         means = MetricSums(self.processes.sum(sums.values)).means()
+        if not np.isfinite(means["loss"]):
+            raise NumericsError(
+                "The held-out loss is not finite: the last update broke the policy, or a held-out pair is extreme. Go on from "
+                "the last checkpoint with a lower --learning-rate in another --out, or try --dtype float32."
+            )
         return {f"eval/{name}": value for name, value in means.items()}
 
     def save(self, checkpoints: Path, step: int) -> None:

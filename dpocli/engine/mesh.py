@@ -63,11 +63,22 @@ class Processes:
 
 def launched() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) from the environment of torchrun and its kin."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, count, local_rank = (
-        int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0), strict=True)
-    )
+    rank, count, local_rank = (_number(*entry) for entry in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if rank >= count or (count > 1 and not os.environ.get("MASTER_ADDR")):
+        raise UsageError(
+            f"RANK={rank}, WORLD_SIZE={count} and MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} in the environment do not fit "
+            "together. Start with a launcher (torchrun), or unset them."
+        )
     return rank, count, local_rank
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name) or str(default)
+    if not value.isdigit():
+        raise UsageError(
+            f"{name}={value} in the environment is no number. Start with a launcher (torchrun), or unset it."
+        )
+    return int(value)
 
 
 def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:

@@ -241,7 +241,7 @@ WRONG_ON_THE_WAY = {
     ],
     NUMBERS: [
         case("precompute --model {nan} --data {rows}", "not finite", "rows 0, 1, 2, 3, 4, 5"),
-        case("train --model {nan} --reference {ref} --batch-size 2 --seed 1", "not finite", "rows "),
+        case("train --model {nan} --reference {ref} --batch-size 2 --seed 1", "not finite", "source row ", "weights"),
         case("evaluate --model {nan} --reference {ref}", "not finite for 40 pairs", "rows 0, 1, 2", "weights"),
     ],
 }  # fmt: skip
@@ -331,7 +331,6 @@ def test_a_run_goes_on_only_with_its_own_settings(world: World, dpocli: Run, tmp
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == before
 
 
-@pytest.mark.xfail(strict=True, reason="status.record_failure does not look at the command yet")
 def test_a_command_leaves_the_status_of_another_ones_output_alone(world: World, dpocli: Run, tmp_path: Path) -> None:
     ref = tmp_path / "ref"
     shutil.copytree(world.cache, ref)
@@ -390,3 +389,48 @@ def test_json_is_all_of_stdout_and_stderr_is_ours_alone(world: World, tmp_path: 
         {"parts"}, {"steps"}, {"rewards/margins"}, {"steps"},
     ]  # fmt: skip
     assert not [word for word in CHATTER if word in done.stderr], done.stderr
+
+
+def test_a_damaged_checkpoint_is_named(world: World, dpocli: Run, tmp_path: Path) -> None:
+    line = world.arguments("train --model {model} --reference {ref} --out {out}/run --max-steps 2", out=tmp_path)
+    assert dpocli(*line).code == 0
+    run = tmp_path / "run"
+    shutil.rmtree(run / "model")
+    weights = run / "checkpoints" / "step-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    result = dpocli(*line)
+    assert result.code == USAGE
+    assert "checkpoints/step-2 cannot be read" in result.err
+    shutil.rmtree(weights.parent)
+    assert dpocli(*line).code == 0
+
+
+def test_a_finished_run_is_not_asked_for_its_cache_but_is_refused_other_pairs(
+    world: World, dpocli: Run, tmp_path: Path
+) -> None:
+    ref, other = tmp_path / "ref", tmp_path / "other"
+    shutil.copytree(world.cache, ref)
+    line = ["train", "--model", world.paths["model"], "--out", tmp_path / "run", "--max-steps", 1, "--reference"]
+    assert dpocli(*line, ref).code == 0
+    shutil.rmtree(ref)
+    assert "nothing to do" in dpocli(*line, ref).out
+    result = dpocli(*line, other)
+    assert result.code == USAGE
+    assert "a finished run on the pairs of" in result.err
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "5", "WORLD_SIZE": "2", "MASTER_ADDR": "x"}, {"RANK": "one"}, {"RANK": "0", "WORLD_SIZE": "2"}],
+    ids=str,
+)
+def test_an_environment_that_no_launcher_makes(
+    environment: dict[str, str], world: World, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    result = dpocli(
+        *world.arguments("precompute --model {model} --data {train} --out {copy}", copy=world.cache / "new")
+    )
+    assert result.code == USAGE
+    assert "Start with a launcher" in result.err
