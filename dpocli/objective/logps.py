@@ -1,8 +1,8 @@
 """Log-probs of pairs: what the scorer gives per token, and what the losses take per pair."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,12 +92,3 @@ def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair
         policy_chosen_collision=summed(tokens.chosen_collision, batch.chosen_mask, batch.chosen_lengths),
         policy_rejected_collision=summed(tokens.rejected_collision, batch.rejected_mask, batch.rejected_lengths),
     )
-
-
-def concatenated(parts: Sequence[PairLogps]) -> PairLogps:
-    """One `PairLogps` of all the pairs of `parts`, in order."""
-    columns: dict[str, Any] = {}
-    for field in fields(PairLogps):
-        values = [getattr(part, field.name) for part in parts]
-        columns[field.name] = None if values[0] is None else torch.cat(values)
-    return PairLogps(**columns)

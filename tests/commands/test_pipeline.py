@@ -191,3 +191,18 @@ def test_a_failed_step0_check_stops_before_the_first_step(cache: Path, tmp_path:
     assert "Step-0 check" in result.err
     assert not (out / "checkpoints").exists()
     assert json.loads((out / "status.json").read_text())["exit_code"] == 5
+
+
+def test_a_run_that_diverges_stops_with_the_pairs_and_keeps_its_checkpoint(
+    cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    out = tmp_path / "run"
+    result = dpocli(
+        "train", "--model", MODEL, "--reference", cache, "--out", out, "--learning-rate", "1e30", "--batch-size", 8,
+        "--max-steps", 5, "--save-every", 1, "--max-grad-norm", 0,
+    )  # fmt: skip
+    assert result.code == 5, result.err
+    assert "Step 2" in result.err
+    assert not (out / "model").exists()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-1"]
+    assert json.loads((out / "status.json").read_text())["state"] == "failed"
