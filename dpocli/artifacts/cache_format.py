@@ -102,14 +102,6 @@ def tiles(total_rows: int, rows_per_part: int) -> list[Tile]:
     return [Tile(index, start, min(start + rows_per_part, total_rows)) for index, start in enumerate(starts)]
 
 
-def describe_directory(directory: Path) -> str | None:
-    """What a directory is that is no cache, where its files tell; None otherwise."""
-    if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
-        return "a model directory"
-    is_run = any((directory / name).exists() for name in ("model", "checkpoints", "metrics.jsonl", "pairs.parquet"))
-    return "the output directory of a run" if is_run else None
-
-
 def cache_schema(kept: Mapping[str, KeptType]) -> pa.Schema:
     """All columns of a part, kept ones last.
 

@@ -19,9 +19,9 @@ from dpocli.artifacts.cache_format import (
     PartFooter,
     SkippedRow,
     Tile,
-    describe_directory,
     tiles,
 )
+from dpocli.artifacts.destination import describe_directory
 from dpocli.artifacts.files import file_errors_in_words
 from dpocli.artifacts.fingerprint import compare, compare_references
 from dpocli.artifacts.pair_columns import PairColumns

@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,32 +25,17 @@ from dpocli.artifacts.cache_format import (
     SkippedRow,
     Tile,
     cache_schema,
-    describe_directory,
     kept_type,
     tiles,
 )
+from dpocli.artifacts.destination import check_destination
 from dpocli.artifacts.files import make_directory, remove_stale_temporaries, write_atomically
 from dpocli.artifacts.fingerprint import Fingerprint, compare
 from dpocli.artifacts.part_file import OpenPart, blank_seal, open_part, seal
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped
-from dpocli.errors import CacheError, DataError, NumericsError, UsageError
+from dpocli.errors import CacheError, DataError, NumericsError
 
 _log = logging.getLogger(__name__)
-
-_BESIDE_PARTS = (
-    ".*",
-    "config*.yaml",
-    "status*.json",
-    "summary*.json",
-    "stop",
-    "scratch",
-    "*.log",
-    "*.out",
-    "*.err",
-    "*.txt",
-    "*.md",
-)
-"""What may lie in a directory that is to become a cache: what commands and shell scripts write there."""
 
 
 class CacheWriter:
@@ -287,25 +271,3 @@ def _check_finite(pairs: Sequence[EncodedPair]) -> None:
 
 def _is_finite(reference: ReferenceLogps) -> bool:
     return bool(np.isfinite(reference.chosen).all() and np.isfinite(reference.rejected).all())
-
-
-def check_destination(directory: Path) -> None:
-    """Refuse a directory that is something else than a cache; to be called before anything is written there.
-
-    Raises:
-        UsageError: it is a file, a model directory, the output of a run, or holds unrelated files.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise UsageError(f"--out {directory}: this is a file. Give a directory for the reference cache.")
-    if not directory.exists() or any(directory.glob(PART_PATTERN)):
-        return
-    if (what := describe_directory(directory)) is not None:
-        raise UsageError(
-            f"--out {directory}: this is {what}, not a reference cache. Choose a directory of its own for it."
-        )
-    names = sorted(path.name for path in directory.iterdir())
-    if others := [name for name in names if not any(fnmatch(name, pattern) for pattern in _BESIDE_PARTS)]:
-        raise UsageError(
-            f"--out {directory}: it holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, and no part of "
-            "a reference cache. Choose a new or an empty directory."
-        )

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
-from dpocli.commands.destination import check_out
 from dpocli.commands.tiles import TileEncoder
 from dpocli.config.models import EvaluateOptions, LossChoice, PrecomputeOptions, TrainOptions
 from dpocli.data.encode import Encoder

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, kept_types
-from dpocli.artifacts.cache_writer import CacheWriter, check_destination
+from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands.destination import check_out
 from dpocli.commands.tiles import TileEncoder, judge_skips
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
@@ -47,7 +47,6 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
     tokenizer = load_tokenizer(model_directory, options)
     rows = open_rows(options)
     check_out(options.out, "precompute")
-    check_destination(options.out)
     with (
         RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, say=terminal.say) as out,
         StopFlag() as stop,

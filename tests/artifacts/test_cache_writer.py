@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.cache_writer import CacheWriter, check_destination
+from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.artifacts.destination import check_destination
 from dpocli.artifacts.files import ABANDONED_HERE_SECONDS
 from dpocli.data.preference import ReferenceLogps
 from dpocli.errors import CacheError, DataError, NumericsError, ResourceError, UsageError
