@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
 
 import typer
+import yaml
 
 from dpocli import __version__
 from dpocli.artifacts.status import Outcome, record_failure
@@ -122,9 +123,18 @@ def _record_early_failure(outcome: Outcome, arguments: Sequence[str], rank: int)
 
     Else a script that requeues while the state is "preempted" would do so for ever over a misspelled flag.
     """
-    out = _value_of("--out", arguments)
+    out = _value_of("--out", arguments) or _out_of_config(_value_of("--config", arguments))
     if rank == 0 and out and arguments[0] in COMMANDS:
         record_failure(Path(out), outcome, arguments[0], _value_of("--shard", arguments) or "0/1")
+
+
+def _out_of_config(path: str | None) -> str | None:
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    out = entries.get("out") if isinstance(entries, dict) else None
+    return out if isinstance(out, str) else None
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:

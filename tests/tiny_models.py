@@ -76,6 +76,21 @@ def gptj() -> PreTrainedModel:
     return GPTJForCausalLM(GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4))
 
 
+def length_dependent(rope_type: str) -> PreTrainedModel:
+    """Beyond 16 tokens its rotary frequencies are others, for all rows of a batch."""
+    rope: dict[str, object] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 8.0}
+    if rope_type == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [6.0] * 4, "original_max_position_embeddings": 16}
+    shape = SHAPE | {"max_position_embeddings": 128 if rope_type == "longrope" else 16}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model.eval()
+
+
 FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama-untied": llama,
     "llama-tied": lambda: llama(tied=True),

@@ -56,6 +56,12 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], Non
         sync_directory(path.parent)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file survive a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path) -> None:
     """Make the names in a directory survive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

@@ -175,6 +175,11 @@ def is_reference(fingerprint: Fingerprint, model_dir: Path, hash_memory_path: Pa
     return fingerprint.weights == weights_hashes(model_dir, HashMemory(hash_memory_path))
 
 
+def config_differences(fingerprint: Fingerprint, model_dir: Path) -> list[str]:
+    """What of the reference's config.json is other in a model directory, in words."""
+    return changes("config.json", fingerprint.config, meaningful_config(model_dir))
+
+
 def information_differences(fingerprint: Fingerprint, now: Mapping[str, Any]) -> list[str]:
     """What of the information (versions, device) is other now than when a cache was made, in words."""
     return changes("", fingerprint.information, now)

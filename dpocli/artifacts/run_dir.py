@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from dpocli.artifacts.files import file_errors_in_words, make_directory, write_atomically, write_json
+from dpocli.artifacts.files import file_errors_in_words, make_directory, read_json, write_atomically, write_json
 from dpocli.artifacts.metrics_log import MetricsLog
 from dpocli.artifacts.status import DEAD_AFTER_SECONDS, Outcome, Status, StatusFile, is_alive, new_status, shard_suffix
 from dpocli.config.models import Options
-from dpocli.errors import DpoError, UsageError
+from dpocli.errors import DpoError, ExitCode, UsageError
 from dpocli.options import dump_yaml
 from dpocli.terminal import without_nan
 
@@ -50,6 +50,7 @@ class RunDirectory:
         self._is_writer = rank == 0
         self._config_path = path / f"config{shard_suffix(shard)}.yaml"
         self._file = StatusFile(path, shard)
+        self._failure_path = path / f".failure{shard_suffix(shard)}.json"
         self._status = new_status(command)
         self._say, self._sleep = say, sleep
         self._lock: TextIO | None = None
@@ -67,11 +68,13 @@ class RunDirectory:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.metrics.close()
+        outcome = Outcome.of(error)
         if not self._is_writer:
+            self._leave_failure(outcome)
             return
         self._ended.set()
         self._heart.join()
-        self._status = replace(self._status, **asdict(Outcome.of(error)))
+        self._status = replace(self._status, **asdict(self._with_failure_of_others(outcome)))
         try:
             self._write_status()
         except (OSError, DpoError):
@@ -80,6 +83,24 @@ class RunDirectory:
         finally:
             if self._lock:
                 self._lock.close()
+
+    def _leave_failure(self, outcome: Outcome) -> None:
+        """A failure of another process than the first: for the first to find, or into its status if it has ended well."""
+        if outcome.state != "failed":
+            return
+        with suppress(OSError, DpoError):
+            write_json(self._failure_path, asdict(outcome))
+            status = self._file.read()
+            if status is not None and status.state in ("done", "preempted"):
+                self._file.write(replace(status, **asdict(outcome)))
+
+    def _with_failure_of_others(self, outcome: Outcome) -> Outcome:
+        """What the run came to: a process that went well, or was told to stop, gives way to one that failed."""
+        failure = read_json(self._failure_path)
+        if isinstance(failure, dict) and outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG):
+            with suppress(TypeError):
+                return Outcome(**failure)
+        return outcome
 
     def update(self, step: int | None = None, message: str | None = None) -> None:
         """Say how far the command is; it stands in `status.json` with the next heartbeat."""
@@ -114,6 +135,7 @@ class RunDirectory:
             self._lock = self._file.lock_path.open("a")
         try:
             self._refuse_second_writer(self._lock)
+            self._failure_path.unlink(missing_ok=True)
             self._write_status()
             self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
         except BaseException:

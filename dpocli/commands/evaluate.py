@@ -39,7 +39,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
     directory = locate_model(options)
     provenance = Provenance.of(directory)
     loss = LossChoice.from_options(options, provenance.loss)
-    check_inputs(options, loss)
+    check_inputs(options, loss, provenance.trained_from)
     inputs = Inputs.open(options, loss, load_tokenizer(directory, options), terminal)
     with (
         joined(device) as processes,
@@ -99,10 +99,12 @@ def _scored(
 
 
 def _check_finite(table: PairTable) -> None:
-    bad = table.column("row")[~np.isfinite(table.column("policy_chosen_logps") + table.column("policy_rejected_logps"))]
+    bad = table.column("row")[
+        ~np.isfinite(sum(table.column(name) for name in ("policy_chosen_logps", "policy_rejected_logps", "losses")))
+    ]
     if len(bad):
         raise NumericsError(
-            f"The policy gives log-probs that are not finite for {len(bad)} pairs, the first of source rows "
+            f"The policy gives log-probs or losses that are not finite for {len(bad)} pairs, the first of source rows "
             f"{', '.join(map(str, bad[:10].tolist()))}. Try --dtype float32, or look at the model's weights."
         )
 

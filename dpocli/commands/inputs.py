@@ -10,7 +10,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
-from dpocli.commands.tiles import TileEncoder
+from dpocli.commands.tiles import TileEncoder, judge_skips
 from dpocli.config.models import EvaluateOptions, LossChoice, PrecomputeOptions, TrainOptions
 from dpocli.data.encode import Encoder
 from dpocli.data.sources import Rows, open_rows
@@ -70,7 +70,7 @@ class Inputs:
         store = self.reference
         if store is None:
             assert self.rows is not None
-            store = _encoded(self.options, self.tokenizer, self.rows, scratch / "pairs", processes, terminal)
+            store = _encoded(self.options, self.tokenizer, self.rows, scratch, processes, terminal)
         _refuse_empty(store)
         if isinstance(self.options, TrainOptions) and not store.weights.any():
             raise DataError(
@@ -80,7 +80,7 @@ class Inputs:
         return store
 
 
-def check_inputs(options: TrainOptions | EvaluateOptions, loss: LossChoice) -> None:
+def check_inputs(options: TrainOptions | EvaluateOptions, loss: LossChoice, trained_from: str | None = None) -> None:
     """Raises UsageError where the loss cannot be computed from what is given, or `--out` holds something else."""
     check_out(options.out, "train" if isinstance(options, TrainOptions) else "evaluate")
     if options.reference:
@@ -90,15 +90,19 @@ def check_inputs(options: TrainOptions | EvaluateOptions, loss: LossChoice) -> N
     if loss.spec.needs_reference:
         raise UsageError(
             f"--loss {loss.name} compares with a reference, and --data holds none. Score the rows once:\n\n"
-            f"    {precompute_line(options)}\n\n"
+            f"    {precompute_line(options, trained_from)}\n\n"
             "then give --reference reference/ instead of --data. (Losses that need no reference: "
             "dpo_reference_free, simpo.)"
         )
 
 
-def precompute_line(options: TrainOptions | EvaluateOptions) -> str:
-    """The command that makes the cache of the rows that `options` name, read and encoded as they say."""
+def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str | None = None) -> str:
+    """The command that makes the cache of the rows that `options` name, read and encoded as they say.
+
+    A model that dpocli trained is compared with the one that it was trained from.
+    """
     values = options.model_dump(mode="json")
+    values["model"] = trained_from or options.model
     words = ["dpocli", "precompute"]
     for option in options_of(PrecomputeOptions):
         value = "reference/" if option.field == "out" else values.get(option.field)
@@ -133,17 +137,21 @@ def _encoded(
     options: TrainOptions | EvaluateOptions,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,
-    directory: Path,
+    scratch: Path,
     processes: Processes,
     terminal: Terminal,
 ) -> PairStore:
     fingerprint = build_fingerprint(
         options, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
     )
+    # A scratch directory may be shared by runs on other rows: there, each set of pairs has a name of its own.
+    directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if options.scratch else "pairs")
     writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, say=terminal.warn)
     writer.check()
     tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
     for tile in writer.missing(processes.rank, processes.count):
         writer.write(tile, *tiles.encode(tile))
     processes.wait()
-    return PairStore.open(directory)
+    store = PairStore.open(directory)
+    judge_skips(store.skipped, store.num_rows, options.max_skipped)
+    return store

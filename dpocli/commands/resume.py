@@ -1,9 +1,14 @@
 """Whether a run directory holds the same run: to go on with, finished already, or another one."""
 
+import os
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
-from dpocli.config.models import TrainOptions
+from dpocli.artifacts.hashing import HashMemory, digest_json, weights_hashes
+from dpocli.config.models import HYPERPARAMETER_FIELDS, LossChoice, TrainOptions
 from dpocli.errors import UsageError
 from dpocli.options import load_options
 
@@ -29,11 +34,8 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
         raise UsageError(
             f"--out {options.out}: its config.yaml is not that of a training run ({error}) Give another directory."
         ) from None
-    differing = [
-        f"{name}: {getattr(earlier, name)} -> {getattr(options, name)}"
-        for name in TrainOptions.model_fields
-        if name not in NEUTRAL and getattr(earlier, name) != getattr(options, name)
-    ]
+    before, now = _values(earlier), _values(options)
+    differing = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if differing:
         raise UsageError(
             f"--out {options.out}: it holds a run with other settings ({'; '.join(differing)}). Give another directory, or "
@@ -42,9 +44,39 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
     summary = read_json(options.out / "summary.json")
     if not isinstance(summary, dict) or not (options.out / "model").is_dir():
         return None
-    if (earlier.reference, earlier.data) != (options.reference, options.data):
-        raise UsageError(
-            f"--out {options.out}: it holds a finished run on the pairs of {earlier.reference or ', '.join(earlier.data)}. "
-            "Give another directory for other pairs."
-        )
     return summary
+
+
+def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model_directory: Path) -> None:
+    """Raises UsageError where a finished run was made with other pairs or other weights than stand there now.
+
+    What is gone since is not asked for: a cache may be deleted when all is done.
+    """
+    found = []
+    weights = summary.get("policy_weights")
+    if weights != digest_json(weights_hashes(model_directory, HashMemory(options.out / ".hashes.json"))):
+        found.append(f"the weights of --model {options.model}")
+    if options.reference and options.reference.is_dir():
+        same_pairs = summary.get("pairs_digest") == PairStore.open(options.reference).fingerprint.digest
+    else:
+        same_pairs = summary.get("inputs") == inputs_of(options)
+    if not same_pairs:
+        found.append(f"the pairs of {', '.join(inputs_of(options))}")
+    if found:
+        raise UsageError(
+            f"--out {options.out}: it holds a finished run, and {' and '.join(found)} are others than it was made with. Give "
+            "another directory."
+        )
+
+
+def inputs_of(options: TrainOptions) -> list[str]:
+    """Where the training pairs come from, as the summary remembers it."""
+    return [str(options.reference)] if options.reference else list(options.data)
+
+
+def _values(options: TrainOptions) -> dict[str, Any]:
+    """What decides the run, with defaults filled in, so that saying a default is not another setting."""
+    values = {name: getattr(options, name) for name in TrainOptions.model_fields if name not in NEUTRAL}
+    values |= LossChoice.from_options(options).model_dump()
+    values["model"] = os.path.normpath(options.model)
+    return {name: value for name, value in values.items() if name not in HYPERPARAMETER_FIELDS and name != "loss"}

@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.fingerprint import information_differences, is_reference
+from dpocli.artifacts.fingerprint import config_differences, information_differences, is_reference
+from dpocli.artifacts.hashing import HashMemory, digest_json, weights_hashes
 from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import Inputs, check_inputs
-from dpocli.commands.resume import finished_summary
+from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
 from dpocli.config.models import LossChoice, TrainOptions
 from dpocli.engine import step0
 from dpocli.engine.loop import Trainer, adamw
@@ -46,10 +47,11 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     loss = LossChoice.from_options(options)
     check_inputs(options, loss)
     device = pick_device(options.device)
+    model_directory = locate_model(options)
     if finished := finished_summary(options):
+        check_same_content(options, finished, model_directory)
         terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
         return
-    model_directory = locate_model(options)
     tokenizer = load_tokenizer(model_directory, options)
     check_trackers(options)
     inputs = Inputs.open(options, loss, tokenizer, terminal)
@@ -58,7 +60,6 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
         stop = stack.enter_context(StopFlag())
         store = inputs.pairs(options.scratch or options.out, processes, terminal)
-        out.write_config(options)
         training, held_out = split_pairs(options, store, inputs.held_out)
         dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
@@ -77,12 +78,14 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
             processes,
         )
         stack.callback(trainer.close)
-        trackers = stack.enter_context(Trackers(options, enabled=processes.is_first))
         done = trainer.restore(checkpoints := options.out / "checkpoints")
         if done:
             terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
         elif store.has_reference:
             _check_step0(options, policy, training, model_directory, dtype, budget, processes, terminal)
+        trackers = stack.enter_context(Trackers(options, done + 1, enabled=processes.is_first))
+        # Only now: a start that was refused may be mended with other settings in the same directory.
+        out.write_config(options)
         run_steps(trainer, done + 1, held_out, checkpoints, out, stop, trackers, terminal)
         summary = _finish(options, loss, out, policy, tokenizer, model_directory, schedule, store, device)
         terminal.result(summary, lambda printer: _render(printer, summary))
@@ -142,7 +145,8 @@ def _check_step0(
 ) -> None:
     """Binding where the policy starts as the reference; else the difference is information."""
     tolerance = options.step0_tolerance or step0.TOLERANCE[dtype]
-    found = step0.measure(policy.scorer, training, options.seed, budget, tolerance, processes)
+    with policy.at_rest():
+        found = step0.measure(policy.scorer, training, options.seed, budget, tolerance, processes)
     if not np.isfinite(found.mean):
         raise NumericsError(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
@@ -154,7 +158,10 @@ def _check_step0(
         return
     terminal.say(f"Step-0 check: {found}")
     if not found.holds:
-        differing = information_differences(reference, environment(processes.device))
+        differing = [
+            *config_differences(reference, model_directory),
+            *information_differences(reference, environment(processes.device)),
+        ]
         raise NumericsError(
             f"Step-0 check: the policy has the reference's weights but not its log-probs: {found}. Differs from when "
             f"the cache was written: {'; '.join(differing) or 'nothing that is recorded'}. Train with the cache's "
@@ -185,6 +192,9 @@ def _finish(
         "out": str(options.out),
         "model": str(options.out / "model"),
         "loss": loss.model_dump(),
+        "policy_weights": digest_json(weights_hashes(model_directory, HashMemory(options.out / ".hashes.json"))),
+        "inputs": inputs_of(options),
+        "pairs_digest": store.fingerprint.digest,
         "steps": schedule.num_steps,
         "pairs": schedule.num_pairs,
         "metrics": {key: value for row in rows for key, value in row.items()},
@@ -192,13 +202,22 @@ def _finish(
         "environment": environment(device),
     }
     if policy.processes.is_first:
-        dtype = getattr(torch, options.save_dtype) if options.save_dtype else source_dtype(model_directory)
+        dtype = getattr(torch, options.save_dtype) if options.save_dtype else source_dtype(model_directory, options)
         provenance = Provenance(
             loss=loss,
             trained_from=options.model,
             reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
         )
-        save_model(options.out / "model", policy.scorer.model, weights, tokenizer, dtype, provenance)
+        save_model(
+            options.out / "model",
+            policy.scorer.model,
+            policy.source_config,
+            weights,
+            policy.buffers,
+            tokenizer,
+            dtype,
+            provenance,
+        )
         draw_curves(rows, options.out / "curves.png")
         out.write_summary(summary)
     policy.processes.wait()

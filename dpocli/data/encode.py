@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -212,9 +212,24 @@ def _pair(preference: Preference, tokens: PairTokens) -> EncodedPair:
 
 
 def prompt_hash(preference: Preference) -> int:
-    """The first 64 bits of a hash of the prompt: what a split by prompt goes by, on every machine alike."""
-    text = json.dumps(preference.prompt, sort_keys=True, ensure_ascii=False, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+    """The first 64 bits of a hash of what the prompt says: what a split by prompt goes by, on every machine alike.
+
+    A lone question hashes as its text, so that it is the same in whatever form a row holds it.
+    """
+    prompt = preference.prompt
+    if not isinstance(prompt, str):
+        turns = [(str(message.get("role")), _text_of(message.get("content"))) for message in prompt]
+        spoken = [turn for turn in turns if turn[0] != "system"]
+        prompt = spoken[0][1] if len(spoken) == 1 else json.dumps(spoken, ensure_ascii=False)
+    content = prompt.strip().encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def _text_of(content: object) -> str:
+    """Content that is a list of typed parts, as one text."""
+    if not isinstance(content, list):
+        return str(content)
+    return "".join(str(part.get("text", part)) if isinstance(part, Mapping) else str(part) for part in content)
 
 
 def _begins(ids: TokenIds, prefix: TokenIds) -> bool:

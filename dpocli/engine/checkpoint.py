@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dpocli.artifacts.files import sync_directory
+from dpocli.artifacts.files import sync_directory, sync_file
 from dpocli.engine.mesh import Processes
 from dpocli.engine.policy import Policy, place
-from dpocli.errors import UsageError
+from dpocli.errors import ResourceError, UsageError
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
@@ -60,6 +60,7 @@ def save(
         _write(temporary / "model.safetensors", weights)
         _write(temporary / "optimizer.safetensors", moments)
         (temporary / "state.json").write_text(json.dumps({"format": FORMAT_VERSION, "step": step} | state, indent=2))
+        sync_file(temporary / "state.json")
         sync_directory(temporary)
         temporary.rename(final)
         sync_directory(directory)
@@ -95,6 +96,8 @@ def _load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[
                 # AdamW counts its steps in a scalar; everything else is shaped and sharded like the parameter.
                 optimizer.state[parameter][short] = value if value.dim() == 0 else _like(value, parameter)
     state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    if state["format"] > FORMAT_VERSION:
+        raise ValueError(f"it has format {state['format']}, and this dpocli reads up to {FORMAT_VERSION}")
     return state
 
 
@@ -112,9 +115,13 @@ def _like(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # it wraps the errors of the file system
+        raise ResourceError(
+            f"Writing {path}: {error}. Make room on the disk; the same command line goes on from the checkpoint before."
+        ) from error
+    sync_file(path)
 
 
 def _remove_old(directory: Path, keep_last: int) -> None:

@@ -70,6 +70,10 @@ class Trainer:
             NumericsError: a loss or the gradient is not finite; the weights are still those of the step before.
         """
         passes = self._passes(step)
+        # What is random (dropout, where it is kept) is a function of the seed, the step and the process.
+        torch.manual_seed(
+            int(np.random.SeedSequence([self.options.seed, step, self.processes.rank]).generate_state(1)[0])
+        )
         positions = self.schedule.batch(step)
         total_weight = float(self.view.weights[positions].sum())
         sums = MetricSums.zero(self.processes.device)
@@ -80,7 +84,7 @@ class Trainer:
             batch, tokens = score(self.policy.scorer, pairs or [FILLER], self.processes.device)
             loss_sum, part, pair_losses = self._loss(batch, tokens, pairs)
             # The engine averages gradients over processes; this is the one place that undoes it.
-            (loss_sum * (self.processes.count / max(total_weight, 1e-12))).backward()  # type: ignore[no-untyped-call]
+            (loss_sum * (self.processes.count / (total_weight or 1.0))).backward()  # type: ignore[no-untyped-call]
             if pairs:
                 sums += part
                 seen.append((pairs, pair_losses))
@@ -92,11 +96,16 @@ class Trainer:
         counts = self.processes.sum(torch.tensor(float(num_tokens), dtype=torch.float64, device=self.processes.device))
         return StepOutcome(step, metrics, len(positions), int(counts.item()))
 
-    def held_out(self, view: PairView) -> dict[str, float]:
-        """Metrics of the policy on pairs it does not learn from, under names that begin with `eval/`."""
+    def held_out(self, view: PairView, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """Metrics of the policy on pairs it does not learn from, under names that begin with `eval/`.
+
+        None where `interrupted`, which is asked on all processes before each pass, says so.
+        """
         sums = MetricSums.zero(self.processes.device)
-        with torch.no_grad():
+        with self.policy.at_rest():
             for _, pairs in my_passes(view, np.arange(len(view)), self.budget, self.processes):
+                if interrupted():
+                    return None
                 batch, tokens = score(self.policy.scorer, pairs or [FILLER], self.processes.device)
                 if pairs:
                     sums += self._loss(batch, tokens, pairs)[1]
@@ -119,6 +128,8 @@ class Trainer:
         Raises:
             UsageError: it was made with other pairs.
         """
+        if self.processes.is_first:
+            checkpoint.remove_unfinished(checkpoints)
         newest = checkpoint.latest(checkpoints)
         if newest is None:
             return 0

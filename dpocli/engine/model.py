@@ -10,10 +10,18 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 import dpocli
+from dpocli.artifacts.files import sync_directory, sync_file
 from dpocli.artifacts.hashing import meaningful_config
 from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.models import LossChoice, ModelOptions
@@ -144,18 +152,20 @@ def load_model(directory: Path, options: ModelOptions, dtype: torch.dtype, devic
 
 
 def without_dropout(model: nn.Module) -> None:
-    """Sets every dropout, drop path and router jitter of the model to 0, its configuration left as it is."""
+    """Sets every dropout, drop path and router jitter of the model to 0: in its modules, and in the configuration that
+    some of them read at every call (so whoever saves the model saves the configuration of before)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
-                setattr(module, name, 0.0)
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in list(vars(holder).items()) if holder is not None else []:
+                if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
+                    setattr(holder, name, 0.0)
 
 
-def source_dtype(directory: Path) -> torch.dtype:
+def source_dtype(directory: Path, options: ModelOptions) -> torch.dtype:
     """The dtype in which the model was saved."""
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
     dtype = config.get_text_config().dtype or config.dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -183,7 +193,9 @@ class Provenance(BaseModel):
 def save_model(
     directory: Path,
     model: PreTrainedModel,
+    config: PretrainedConfig,
     weights: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     provenance: Provenance,
@@ -192,25 +204,30 @@ def save_model(
 
     Args:
         directory: to write; it is there whole or not at all.
-        model: gives the configuration and the names; its own parameters are not looked at.
+        model: gives the names; its own parameters are not looked at.
+        config: to be saved with it.
         weights: name → full tensor.
+        buffers: name → tensor, saved in the dtype that they have.
         tokenizer: saved beside.
         dtype: of the saved weights.
         provenance: of the model.
     """
     temporary = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    config_dtype = model.config.dtype
+    tensors = {name: tensor.to(dtype) for name, tensor in weights.items()} | {
+        name: buffer.detach().cpu().clone() for name, buffer in buffers.items()
+    }
+    model.config = config
     model.config.dtype = dtype
-    try:
-        model.save_pretrained(temporary, state_dict={name: tensor.to(dtype) for name, tensor in weights.items()})
-    finally:
-        model.config.dtype = config_dtype
+    model.save_pretrained(temporary, state_dict=tensors)
     tokenizer.save_pretrained(temporary)
     (temporary / "dpocli.json").write_text(provenance.model_dump_json(indent=2) + "\n")
+    for path in temporary.iterdir():
+        sync_file(path)
     # Only the same run can have left one there: it was killed between its last two files.
     shutil.rmtree(directory, ignore_errors=True)
     temporary.rename(directory)
+    sync_directory(directory.parent)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

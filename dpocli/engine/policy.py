@@ -1,6 +1,8 @@
 """The policy under training: float32 master weights, a forward pass in `--dtype`, spread over the processes."""
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,10 @@ class Policy:
     """
 
     def __init__(self, scorer: PairScorer, options: TrainOptions, dtype: torch.dtype, processes: Processes) -> None:
+        self.source_config = copy.deepcopy(scorer.model.config)
+        """As it was, to be saved with the trained model."""
         if not options.model_dropout:
-            without_dropout(scorer)
+            without_dropout(scorer.model)
         scorer.train()
         if options.gradient_checkpointing:
             # The name changed in transformers 5.2x.
@@ -32,6 +36,9 @@ class Policy:
             )
             enable({"use_reentrant": False})
         self.scorer = scorer
+        saved = scorer.model.state_dict().keys()
+        self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
+        """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
         self.processes = processes
         mesh = replica_mesh(processes)
         inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -52,6 +59,16 @@ class Policy:
         """Trainable ones."""
         return sum(parameter.numel() for _, parameter in self.masters if parameter.requires_grad)
 
+    @contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """Without dropout and without a graph, for measuring."""
+        self.scorer.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.scorer.train()
+
     def weights(self) -> dict[str, Tensor]:
         """Full float32 tensors on the CPU: all of them on the first process, none on the others, which help."""
         return self.collect((name, parameter.detach()) for name, parameter in self.masters)
@@ -60,9 +77,9 @@ class Policy:
         """Full tensors of sharded ones, for the first process. Every process must call it with the same names."""
         full: dict[str, Tensor] = {}
         for name, tensor in tensors:
-            value = whole(tensor)
+            value = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.processes.is_first:
-                full[name] = value
+                full[name] = value.detach().cpu().clone()
         return full
 
 
@@ -70,12 +87,6 @@ def decoder_layers(scorer: PairScorer) -> list[nn.Module]:
     """The repeated blocks of the model, by transformers' own list of what must not be split."""
     names = set(getattr(scorer.model, "_no_split_modules", None) or ())
     return [module for module in scorer.model.modules() if type(module).__name__ in names]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor of a sharded one, on the CPU, in memory of its own."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu().clone()
 
 
 def place(value: Tensor, into: Tensor) -> None:

@@ -37,26 +37,57 @@ def run_steps(
         out.metrics.append(row)
         trackers.log(row)
 
-    # Started anew, even the row of step 0 is written again.
-    out.metrics.truncate_after(first - 1 if first > 1 else -1)
-    if held_out and first == 1:
-        log({"step": 0} | trainer.held_out(held_out))
-    with terminal.progress(last, "train", unit="steps", initial=first - 1) as progress:
+    def asked_to_stop() -> bool:
+        return trainer.processes.any(bool(stop) or out.stop_requested())
+
+    def is_due(step: int) -> bool:
+        return held_out is not None and (step % eval_every == 0 or step == last)
+
+    def evaluation(step: int) -> dict[str, float] | None:
+        """Held-out metrics where they are due; None where they were cut short."""
+        return trainer.held_out(held_out, asked_to_stop) if held_out is not None and is_due(step) else {}
+
+    def stopped(step: int) -> PreemptedError:
+        saved = "with a checkpoint" if step else "before the first"
+        return PreemptedError(
+            f"Stopped on request after step {step} of {last}, {saved}. The same command line goes on."
+        )
+
+    done = first - 1
+    out.metrics.truncate_after(done or -1)
+    row = _row_without_evaluation(out, done)
+    # One process looks at the file, and all go by it.
+    if is_due(done) and trainer.processes.any(trainer.processes.is_first and row is not None):
+        if (evaluated := evaluation(done)) is None:
+            raise stopped(done)
+        out.metrics.truncate_after(done - 1)
+        log((row or {}) | evaluated)
+    with terminal.progress(last, "train", unit="steps", initial=done) as progress:
         for step in range(first, last + 1):
             outcome = trainer.step(step)
-            row: dict[str, float] = {"step": step, "epoch": step / trainer.schedule.steps_per_epoch} | outcome.metrics
-            evaluated = trainer.held_out(held_out) if held_out and (step % eval_every == 0 or step == last) else {}
-            if step % options.log_every == 0 or step == last or evaluated:
-                log(row | evaluated)
+            row = {"step": step, "epoch": step / trainer.schedule.steps_per_epoch} | outcome.metrics
+            evaluated = evaluation(step)
+            if step % options.log_every == 0 or step == last or evaluated != {}:
+                log(row | (evaluated or {}))
             _show(progress, outcome)
             out.update(step=step)
-            stopping = trainer.processes.any(bool(stop) or out.stop_requested())
+            stopping = asked_to_stop()
             if step == last or step % save_every == 0 or stopping:
                 trainer.save(checkpoints, step)
-            if stopping and step < last:
-                raise PreemptedError(
-                    f"Stopped on request after step {step} of {last}, with a checkpoint. The same command line goes on."
-                )
+            if stopping and (step < last or evaluated is None):
+                raise stopped(step)
+
+
+def _row_without_evaluation(out: RunDirectory, done: int) -> dict[str, float] | None:
+    """The row of the last step that is done, where its held-out evaluation was cut short.
+
+    Before the first step that is a row of nothing but its number: the policy is measured before it is trained.
+    """
+    if not done:
+        return {"step": 0}
+    rows = out.metrics.rows()
+    is_cut_short = bool(rows) and rows[-1]["step"] == done and not any(name.startswith("eval/") for name in rows[-1])
+    return rows[-1] if is_cut_short else None
 
 
 def _show(progress: Progress, outcome: StepOutcome) -> None:

@@ -61,5 +61,6 @@ def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], flo
     """
     throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     warmup = math.ceil(options.warmup_ratio * num_steps)
-    factor = get_scheduler(options.lr_schedule, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
+    name = "constant_with_warmup" if options.lr_schedule == "constant" else options.lr_schedule
+    factor = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
     return lambda step: options.learning_rate * float(factor.lr_lambdas[0](step))

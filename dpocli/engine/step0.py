@@ -46,7 +46,10 @@ class Step0:
 def measure(
     scorer: PairScorer, view: PairView, seed: int, budget: int, tolerance: float, processes: Processes
 ) -> Step0:
-    """Scores 32 pairs drawn by the seed and the 4 longest with the live model, beside their cached values."""
+    """Scores 32 pairs drawn by the seed and the 4 longest with the live model, beside their cached values.
+
+    The model is taken as it is: the caller sees to it that no dropout is on.
+    """
     positions = chosen_positions(view, seed)
     per_pair: list[tuple[int, float, float, int]] = []
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Metrics to TensorBoard and Weights & Biases, for those who ask for it with `--track`."""
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -12,8 +13,8 @@ from dpocli.errors import UsageError
 class Trackers:
     """Sends each logged row to the trackers of `--track`; from one process only."""
 
-    def __init__(self, options: TrainOptions, *, enabled: bool) -> None:
-        self._sinks = [_OPENERS[name](options) for name in options.track] if enabled else []
+    def __init__(self, options: TrainOptions, first_step: int = 1, *, enabled: bool) -> None:
+        self._sinks = [_OPENERS[name](options, first_step) for name in options.track] if enabled else []
 
     def __enter__(self) -> Self:
         return self
@@ -33,10 +34,10 @@ class Trackers:
 _Sink = tuple[Callable[[Mapping[str, float]], None], Callable[[], None]]
 
 
-def _tensorboard(options: TrainOptions) -> _Sink:
+def _tensorboard(options: TrainOptions, first_step: int) -> _Sink:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(options.out / "tensorboard"))
+    writer: Any = SummaryWriter(str(options.out / "tensorboard"), purge_step=first_step if first_step > 1 else None)
 
     def write(row: Mapping[str, float]) -> None:
         for name, value in row.items():
@@ -47,13 +48,15 @@ def _tensorboard(options: TrainOptions) -> _Sink:
     return write, writer.close
 
 
-def _wandb(options: TrainOptions) -> _Sink:
+def _wandb(options: TrainOptions, _first_step: int) -> _Sink:
     import wandb
 
-    # The name of the directory names the run, so that a resumed run goes on in the same curves.
+    # The path of the directory names the run, so that a resumed run goes on in the same curves and no other does.
+    path = options.out.resolve()
     run = wandb.init(
         project="dpocli",
-        id=options.out.resolve().name,
+        id=f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}",
+        name=path.name,
         resume="allow",
         dir=str(options.out),
         config=options.model_dump(mode="json"),
@@ -70,4 +73,4 @@ def check_trackers(options: TrainOptions) -> None:
             )
 
 
-_OPENERS: Mapping[str, Callable[[TrainOptions], _Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb}
+_OPENERS: Mapping[str, Callable[[TrainOptions, int], _Sink]] = {"tensorboard": _tensorboard, "wandb": _wandb}

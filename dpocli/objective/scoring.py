@@ -31,6 +31,8 @@ class _PaddedRows:
     """Flat indices into (2 · pairs · longest row) of the states that predict the chosen, then the rejected tokens."""
     is_token: Tensor
     """Shape (2 · pairs, longest row), bool: what is no padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each row."""
 
     @classmethod
     def of(cls, batch: PairBatch) -> "_PaddedRows":
@@ -43,12 +45,12 @@ class _PaddedRows:
         rows = [torch.cat(parts) for parts in zip(prompts * 2, sides, strict=True)]
         # Any id pads: nothing looks at it.
         input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
+        lengths = tuple(len(row) for row in rows)
         columns = torch.arange(input_ids.shape[1], device=device)
         positions = _predicting_positions(
             batch.prompt_lengths * 2, batch.chosen_lengths + batch.rejected_lengths, input_ids.shape[1]
         )
-        return cls(input_ids, positions.to(device), columns < lengths[:, None])
+        return cls(input_ids, positions.to(device), columns < torch.tensor(lengths, device=device)[:, None], lengths)
 
 
 def _predicting_positions(prompt_lengths: Lengths, side_lengths: Lengths, width: int) -> Tensor:
@@ -63,6 +65,26 @@ def _predicting_positions(prompt_lengths: Lengths, side_lengths: Lengths, width:
 def _halves(values: Tensor, split: int) -> tuple[Tensor, Tensor]:
     # Copies, because distributed wrappers hang their hooks on a module's outputs, and a view could shed them.
     return values[:split].clone(), values[split:].clone()
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryLimit:
+    """The length at which a model takes other rotary frequencies, for all rows of a batch at once."""
+
+    tokens: int
+    remembers: bool
+    """Whether the frequencies also depend on what was scored before (the type "dynamic")."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "RotaryLimit | None":
+        """None for models whose frequencies are the same at every length, which are nearly all."""
+        config = model.config.get_text_config()
+        parameters = getattr(config, "rope_parameters", None) or {}
+        kind = parameters.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            return None
+        tokens = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+        return cls(int(tokens), kind == "dynamic")
 
 
 class PairScorer(nn.Module):
@@ -84,6 +106,7 @@ class PairScorer(nn.Module):
                 f"--router-aux-loss-coef: {model.config.model_type} has no experts to route to; leave the option out."
             )
         self.head_kind: HeadKind | LogitMap = probe_head(model)
+        self.rotary_limit = RotaryLimit.of(model)
         self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
 
     def forward(self, batch: PairBatch) -> TokenLogps:
@@ -115,9 +138,26 @@ class PairScorer(nn.Module):
     def _hidden_states(self, rows: _PaddedRows) -> tuple[Tensor, Tensor | None]:
         """States that predict the sides' tokens, shape (chosen + rejected tokens, hidden), and the router's loss."""
         options = {"output_router_logits": True} if self.router_loss else {}
+        if self.rotary_limit is not None and rows.input_ids.shape[1] > self.rotary_limit.tokens:
+            return self._row_by_row(rows).flatten(0, 1)[rows.positions], None
         output = self.model.get_decoder()(input_ids=rows.input_ids, use_cache=False, **options)
         hidden = output.last_hidden_state.flatten(0, 1)[rows.positions]
         return hidden, self._balance(output.router_logits, rows) if self.router_loss else None
+
+    def _row_by_row(self, rows: _PaddedRows) -> Tensor:
+        """States of each row scored alone, shape (2 · pairs, longest row, hidden): its length decides its frequencies."""
+        assert self.rotary_limit is not None
+        if self.rotary_limit.remembers or self.router_loss:
+            raise UsageError(
+                f"--max-length: rows of more than {self.rotary_limit.tokens:,} tokens change this model's rotary frequencies "
+                f"for what is scored beside and after them. Give --max-length {self.rotary_limit.tokens} or less."
+            )
+        decoder = self.model.get_decoder()
+        states = [
+            decoder(input_ids=row[None, :length], use_cache=False).last_hidden_state[0]
+            for row, length in zip(rows.input_ids, rows.lengths, strict=True)
+        ]
+        return nn.utils.rnn.pad_sequence(states, batch_first=True)
 
     def _balance(self, router_logits: tuple[Tensor, ...], rows: _PaddedRows) -> Tensor:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -132,6 +172,10 @@ class PairScorer(nn.Module):
     def _through_own_head(self, rows: _PaddedRows, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The way for heads that fit no known map: the model's own logits, made only at the columns that are scored."""
         width = rows.input_ids.shape[1]
+        if self.rotary_limit is not None and width > self.rotary_limit.tokens:
+            raise UsageError(
+                f"--max-length: give {self.rotary_limit.tokens} or less, beyond which this model is not scored."
+            )
         columns, inverse = torch.unique(rows.positions % width, return_inverse=True)
         options = {"output_router_logits": True} if self.router_loss else {}
         output = self.model(input_ids=rows.input_ids, use_cache=False, logits_to_keep=columns, **options)

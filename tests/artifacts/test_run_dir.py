@@ -304,3 +304,24 @@ def test_config_and_summary(tmp_path):
 
 def test_every_field_of_the_status_is_json():
     assert json.loads(json.dumps(asdict(new_status("train"))))["state"] == "running"
+
+
+def test_a_failure_on_another_rank_is_the_outcome_whoever_ends_first(tmp_path):
+    def state():
+        status = json.loads((tmp_path / "status.json").read_text())
+        return status["state"], status["exit_code"], status["message"]
+
+    for other_first in (True, False):
+        first, other = (RunDirectory(tmp_path, "precompute", rank=rank) for rank in (0, 1))
+        first.__enter__()
+        other.__enter__()
+        ends = [
+            lambda run=other: run.__exit__(DataError, DataError("row 7"), None),
+            lambda run=first: run.__exit__(None, None, None),
+        ]
+        for end in ends if other_first else reversed(ends):
+            end()
+        assert state() == ("failed", 3, "row 7")
+    with RunDirectory(tmp_path, "precompute"):
+        pass
+    assert state()[0] == "done"

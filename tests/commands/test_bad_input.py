@@ -320,7 +320,7 @@ def test_a_run_goes_on_only_with_its_own_settings(world: World, dpocli: Run, tmp
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     line = f"train --config {run}/config.yaml --out {run} --json"
     for more, difference in {
-        "--beta 0.5": "beta: None -> 0.5",
+        "--beta 0.5": "beta: 0.1 -> 0.5",
         "--seed 3": "seed: 0 -> 3",
         "--max-steps 9": "max_steps: 2 -> 9",
     }.items():
@@ -416,7 +416,7 @@ def test_a_finished_run_is_not_asked_for_its_cache_but_is_refused_other_pairs(
     assert "nothing to do" in dpocli(*line, ref).out
     result = dpocli(*line, other)
     assert result.code == USAGE
-    assert "a finished run on the pairs of" in result.err
+    assert "it holds a finished run, and the pairs of" in result.err
 
 
 @pytest.mark.parametrize(

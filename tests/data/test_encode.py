@@ -472,4 +472,8 @@ def test_equal_prompts_have_one_hash_however_their_tokens_are_cut():
     assert 0 <= first < 2**64
     as_messages = replace(pairs[0], prompt=[{"role": "user", "content": "Once upon"}])
     reordered = replace(pairs[0], prompt=[{"content": "Once upon", "role": "user"}])
-    assert prompt_hash(as_messages) == prompt_hash(reordered) != first
+    assert prompt_hash(as_messages) == prompt_hash(reordered) == first
+    parts = replace(pairs[0], prompt=[{"role": "user", "content": [{"type": "text", "text": "Once upon"}]}])
+    assert prompt_hash(parts) == first
+    longer = [{"role": "user", "content": "Once upon"}, {"role": "assistant", "content": "a"}]
+    assert prompt_hash(replace(pairs[0], prompt=longer)) != first

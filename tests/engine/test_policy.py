@@ -2,13 +2,17 @@
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpocli.config.models import TrainOptions
 from dpocli.data.batches import PairBatch
 from dpocli.engine.mesh import Processes, joined
+from dpocli.engine.model import Provenance, save_model
 from dpocli.engine.policy import Policy, decoder_layers
 from dpocli.objective.scoring import PairScorer
 from tests.pairs import random_pairs
@@ -72,3 +76,36 @@ def test_weights_come_back_whole_under_the_models_own_names(alone: Processes) ->
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert policy.num_parameters() == sum(weight.numel() for weight in before.values())
+
+
+def test_buffers_that_belong_to_the_model_are_saved_with_it(alone: Processes, tmp_path: Path) -> None:
+    """A router's bias is no parameter, and a model without it is another model."""
+    model = build("llama-tied")
+    model.model.layers[0].register_buffer("bias_of_router", torch.tensor([1.5, 2.5], dtype=torch.float32))
+    policy = Policy(PairScorer(model), options(), torch.float32, alone)
+    tokenizer = SimpleNamespace(save_pretrained=lambda _: None)
+    save_model(
+        tmp_path / "model", model, policy.source_config, policy.weights(), policy.buffers, tokenizer, torch.bfloat16,
+        Provenance(),
+    )  # fmt: skip
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert saved["model.layers.0.bias_of_router"].tolist() == [1.5, 2.5]
+    assert saved["model.layers.0.bias_of_router"].dtype == torch.float32
+    assert saved["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert not [path for path in tmp_path.iterdir() if path.name != "model"]
+
+
+def test_the_saved_configuration_is_that_of_the_source(alone: Processes) -> None:
+    model = build("gpt2")
+    assert model.config.resid_pdrop > 0
+    policy = Policy(PairScorer(model), options(), torch.float32, alone)
+    assert model.config.resid_pdrop == 0
+    assert policy.source_config.resid_pdrop > 0
+
+
+def test_measuring_is_without_dropout_even_where_training_keeps_it(alone: Processes) -> None:
+    batch = PairBatch.of(random_pairs(3))
+    policy = Policy(PairScorer(build("gpt2")), options(model_dropout=True), torch.float32, alone)
+    with policy.at_rest():
+        assert torch.equal(policy.scorer(batch).chosen, policy.scorer(batch).chosen)
+    assert not torch.equal(policy.scorer(batch).chosen, policy.scorer(batch).chosen)

@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from dpocli.data.batches import PairBatch, deal, pack
 from dpocli.data.preference import EncodedPair, TokenIds
+from dpocli.errors import UsageError
 from dpocli.objective.head_probe import HeadKind
 from dpocli.objective.logps import pair_logps
 from dpocli.objective.scoring import PairScorer
 from tests.pairs import random_pairs
-from tests.tiny_models import FAMILIES, build
+from tests.tiny_models import FAMILIES, build, length_dependent
 
 BATCHING_TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 """Nats per token in float32: what another batch shape may change."""
@@ -182,3 +183,23 @@ def test_dealing_gives_every_rank_the_same_passes_and_every_pair_once() -> None:
             plans = deal(lengths, ranks, token_budget=256)
             assert len({len(plan) for plan in plans}) == 1
             assert sorted(i for plan in plans for batch in plan for i in batch) == list(range(count))
+
+
+def test_frequencies_that_depend_on_the_length_do_not_leak_to_other_rows() -> None:
+    """A long row changes them for its whole batch; each row must be scored with those of its own length."""
+    model = length_dependent("longrope")
+    pairs = random_pairs(12, longest=14)
+    assert {pair.num_tokens_longer > 16 for pair in pairs} == {True, False}
+    with torch.no_grad():
+        tokens = PairScorer(model)(PairBatch.of(pairs))
+    chosen, rejected = plain_batch(model, pairs)
+    torch.testing.assert_close(tokens.chosen.double(), chosen, **BATCHING_TOLERANCE)
+    torch.testing.assert_close(tokens.rejected.double(), rejected, **BATCHING_TOLERANCE)
+
+
+def test_frequencies_that_depend_on_what_came_before_are_refused_beyond_their_limit() -> None:
+    scorer = PairScorer(length_dependent("dynamic"))
+    short, long = random_pairs(1, longest=5), random_pairs(1, seed=3, longest=40)
+    scorer(PairBatch.of(short))
+    with pytest.raises(UsageError, match="Give --max-length 16 or less"):
+        scorer(PairBatch.of(long))
