@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from dpocli.artifacts.run_dir import RunDirectory
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, start
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "20", "--save-every", "3")
@@ -106,3 +107,28 @@ def test_a_second_writer_of_one_run_is_refused(cache: Path, tmp_path: Path, dpoc
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_stop_at_any_moment_leaves_no_gap_and_no_repeat(
+    cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a held-out evaluation too, which is cut short, and made when the run goes on."""
+    held_out = ("--eval-reference", held_out_cache, "--eval-every", 2, "--token-budget", 600)
+    line = ("train", "--model", MODEL, "--reference", cache, *held_out, "--batch-size", 8, "--max-steps", 4)
+    undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
+    assert dpocli(*line, "--out", undisturbed).code == 0
+    codes = []
+    while not codes or codes[-1] != 0:
+        calls = iter(range(1000))
+        # Each start gets a little further than one question: the step-0 evaluation alone asks several times.
+        patience = 4 + 3 * len(codes)
+        with monkeypatch.context() as patch:
+            patch.setattr(RunDirectory, "stop_requested", lambda _, left=patience, asked=calls: next(asked) >= left)
+            codes.append(dpocli(*line, "--out", stopped).code)
+        assert len(codes) < 20
+    assert codes[-1] == 0
+    assert set(codes[:-1]) == {75}
+    assert len(codes) >= 4
+    assert metrics_of(stopped) == metrics_of(undisturbed)
+    first, second = (load_file(out / "model" / "model.safetensors") for out in (stopped, undisturbed))
+    assert all(first[name].tobytes() == second[name].tobytes() for name in second)
