@@ -47,7 +47,7 @@ LABEL_SMOOTHING = Hyperparameter(
 )
 
 _DPO_PAPER = "Rafailov et al. 2023, arXiv:2305.18290, eq. 7"
-_CDPO_PAPER = "Mitchell 2023, 'A note on DPO with noisy preferences', eq. 3"
+_CDPO_PAPER = "Mitchell 2023, 'A note on DPO with noisy preferences'"
 
 CATALOGUE: Mapping[str, LossSpec] = {
     spec.name: spec
@@ -64,7 +64,7 @@ CATALOGUE: Mapping[str, LossSpec] = {
             name="dpo_norm",
             summary="DPO on per-token mean log-ratios (length-normalised)",
             formula="dpo with h = margin of the mean log-ratios per token",
-            paper="Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, eq. 6",
+            paper="Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, length-normalized DPO",
             beta=5.0,
             reward="beta x mean log-ratio per token",
             hyperparameters=(LABEL_SMOOTHING,),
@@ -83,7 +83,7 @@ CATALOGUE: Mapping[str, LossSpec] = {
             name="hinge",
             summary="margin loss of RSO / SLiC on log-ratios",
             formula="max(0, 1 - beta h), h = summed log-ratio margin",
-            paper="Liu et al. 2023 (RSO), arXiv:2309.06657, eq. 9 (its gamma is beta here)",
+            paper="Liu et al. 2023 (RSO), arXiv:2309.06657, hinge-norm (its gamma is beta here)",
             beta=0.1,
         ),
         LossSpec(
@@ -121,7 +121,7 @@ CATALOGUE: Mapping[str, LossSpec] = {
             name="wpo",
             summary="DPO with each pair weighted by how likely the policy is to have written it",
             formula="min(1, w(chosen) w(rejected)) x dpo, w = exp mean_t(log p(y_t) - log sum_v p(v)^2), no gradient",
-            paper="Zhou et al. 2024, arXiv:2406.11827, eq. 4 with the weight alignment of sec. 3.3 (sampled alignment)",
+            paper="Zhou et al. 2024, arXiv:2406.11827, with sampled alignment",
             beta=0.1,
             needs_collision=True,
             hyperparameters=(LABEL_SMOOTHING,),

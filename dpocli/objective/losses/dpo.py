@@ -12,7 +12,7 @@ def dpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossO
 
         L = -(1 - ε) log σ(β h) - ε log σ(-β h),   h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the smoothing: Mitchell 2023, eq. 3. Recent TRL and Liger ignore the
+    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the smoothing: Mitchell 2023. Recent TRL and Liger ignore the
     smoothing under their plain sigmoid loss; here it applies whenever it is given.
 
     Args:
@@ -32,7 +32,7 @@ def dpo_norm(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> 
 
         L = dpo with h = log π/π_ref (chosen) / |chosen| - log π/π_ref (rejected) / |rejected|
 
-    Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, eq. 6. TRL's `sigmoid_norm` is the same loss; its rewards stay sums,
+    Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, length-normalized DPO. TRL's `sigmoid_norm` is the same loss; its rewards stay sums,
     ours are what the loss ranks by, as in open-instruct.
 
     Returns:
@@ -63,7 +63,7 @@ def wpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossO
 
         L = min(1, w(chosen) w(rejected)) x dpo,   w(y) = exp(1/|y| Σ_t [log π(y_t) - log Σ_v π(v)²])
 
-    Zhou et al. 2024, arXiv:2406.11827, eq. 4 with the sampled alignment of section 3.3. The paper's code clamps the
+    Zhou et al. 2024, arXiv:2406.11827, with its sampled alignment. The paper's code clamps the
     product of the two weights (not each) to 1 and takes no gradient through it: so do we. TRL does not clamp.
 
     Returns:

@@ -29,7 +29,7 @@ def hinge(logps: PairLogps, *, beta: float) -> LossOutput:
 
         L = max(0, 1 - β h)
 
-    Liu et al. 2023 (RSO), arXiv:2309.06657, eq. 9, after SLiC; β is called γ there.
+    Liu et al. 2023 (RSO), arXiv:2309.06657, hinge-norm, after SLiC; β is called γ there.
 
     Returns:
         Rewards are β x summed log-ratio.

@@ -28,7 +28,7 @@ def log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
 def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - ε) log σ(margin) - ε log σ(-margin). Shape (pairs,); finite at any finite margin.
 
-    Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO", eq. 3.
+    Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
     """
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
