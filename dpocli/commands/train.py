@@ -18,7 +18,7 @@ from dpocli.commands.inputs import Inputs, check_inputs
 from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
 from dpocli.config.models import LossChoice, TrainOptions
 from dpocli.engine import step0
-from dpocli.engine.loop import Trainer, adamw
+from dpocli.engine.loop import run_steps
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
     Provenance,
@@ -33,10 +33,10 @@ from dpocli.engine.model import (
 from dpocli.engine.passes import PairView, token_budget
 from dpocli.engine.plan import describe
 from dpocli.engine.policy import Policy
-from dpocli.engine.run import run_steps
 from dpocli.engine.schedule import Schedule, learning_rates
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers, check_trackers
+from dpocli.engine.trainer import Trainer, adamw
 from dpocli.errors import NumericsError, UsageError
 from dpocli.objective.scoring import PairScorer
 from dpocli.terminal import Printer, Terminal
