@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from dpocli import __version__
 from dpocli.config.foreign import foreign_option
+from dpocli.config.loss_choice import text_of_terms
 from dpocli.config.models import EvaluateOptions, Options, Panel, PrecomputeOptions, TrainOptions
 from dpocli.errors import UsageError
 
@@ -211,7 +212,11 @@ def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
         if key in seen:
             raise UsageError(f"{place}: given twice, first in line {seen[key]}; leave one of them.")
         seen[key] = key_node.start_mark.line + 1
-        if (value := _yaml_value(value_node, options[key], place)) is not None:
+        if key == "loss" and not isinstance(value_node, yaml.ScalarNode):
+            value: Text | None = _loss_of_terms(value_node, place)
+        else:
+            value = _yaml_value(value_node, options[key], place)
+        if value is not None:
             entries[options[key].field] = _Entry(options[key], value, place)
     return entries
 
@@ -241,6 +246,14 @@ def _yaml_value(node: yaml.Node, option: Option, place: str) -> Text | None:
         return [str(item.value) for item in items]
     takes = "a value or a list of values" if option.is_list else "one value"
     raise UsageError(f"{place}: takes {takes}.")
+
+
+def _loss_of_terms(node: yaml.Node, place: str) -> str:
+    """The text of a loss that is written out term by term."""
+    try:
+        return text_of_terms(yaml.load(yaml.serialize(node), Loader=yaml.BaseLoader))
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}.") from None
 
 
 def explain_unknown(name: str, model: type[Options]) -> str:

@@ -1,93 +1,72 @@
-"""What `evaluate` finds: per-pair values, the figures made of them, and the files and the table that show them."""
+"""What `evaluate` finds: the figures made of per-pair values, and the files and the table that show them."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from dpocli.artifacts.files import write_atomically
-from dpocli.data.preference import EncodedPair
-from dpocli.objective.logps import PairLogps
-from dpocli.objective.losses import LossOutput
+from dpocli.artifacts.pair_table import PairTable
+from dpocli.config.loss_choice import LossChoice
 from dpocli.terminal import Printer
 
 FORMAT_VERSION = 1
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-@dataclass(frozen=True, slots=True)
-class PairTable:
-    """Per-pair values: the columns of `pairs.parquet`. Log-probs in nats."""
+def figures(table: PairTable, losses: Mapping[str, LossChoice]) -> dict[str, Any]:
+    """What `metrics.json` holds: the whole, the same by `source` where there are several, and every loss by name.
 
-    columns: dict[str, NDArray[Any]]
-
-    @classmethod
-    def of(
-        cls, positions: NDArray[np.int64], pairs: Sequence[EncodedPair], logps: PairLogps, output: LossOutput
-    ) -> "PairTable":
-        """The values of one micro-batch; `positions` say where its pairs stand in the cache."""
-        values = {
-            "policy_chosen_logps": logps.policy_chosen,
-            "policy_rejected_logps": logps.policy_rejected,
-            "ref_chosen_logps": logps.reference_chosen,
-            "ref_rejected_logps": logps.reference_rejected,
-            "chosen_rewards": output.chosen_rewards,
-            "rejected_rewards": output.rejected_rewards,
-            "margins": output.chosen_rewards - output.rejected_rewards,
-            "losses": output.losses,
-        }
-        return cls(
-            {
-                "position": positions,
-                "row": np.array([pair.row for pair in pairs], dtype=np.int64),
-                "pair_id": np.array([pair.pair_id for pair in pairs]),
-                "source": np.array([pair.source for pair in pairs], dtype=object),
-                "weight": np.array([pair.weight for pair in pairs], dtype=np.float64),
-                "chosen_tokens": np.array([pair.num_chosen_tokens for pair in pairs], dtype=np.int64),
-                "rejected_tokens": np.array([pair.num_rejected_tokens for pair in pairs], dtype=np.int64),
-            }
-            | {name: column.cpu().numpy() for name, column in values.items() if column is not None}
-        )
-
-    @classmethod
-    def joined(cls, parts: Sequence["PairTable"]) -> "PairTable":
-        """All parts, in the order of the cache, whoever scored them."""
-        columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in parts[0].columns}
-        order = np.argsort(columns["position"], kind="stable")
-        return cls({name: values[order] for name, values in columns.items() if name != "position"})
-
-    def column(self, name: str) -> NDArray[Any]:
-        return self.columns[name]
-
-    def where(self, mask: NDArray[np.bool_]) -> "PairTable":
-        """The pairs for which `mask`, shape (pairs,), is true."""
-        return PairTable({name: values[mask] for name, values in self.columns.items()})
-
-    def __len__(self) -> int:
-        return len(self.columns["row"])
-
-
-def figures(table: PairTable) -> dict[str, Any]:
-    """What `metrics.json` holds: the whole, and the same by `source` where there are several."""
+    What is of no particular loss, and the first loss, stand at the top.
+    """
     sources = table.column("source")
     names = sorted(set(sources.tolist()))
-    slices = {name: _figures(table.where(sources == name)) for name in names} if len(names) > 1 else {}
-    return {"format": FORMAT_VERSION} | _figures(table) | {"by_source": slices}
-
-
-def _figures(table: PairTable) -> dict[str, Any]:
-    chosen, rejected, margins = (table.column(name) for name in ("chosen_rewards", "rejected_rewards", "margins"))
-    weights = table.column("weight")
-    weighted = (weights * table.column("losses")).sum() / weights.sum() if weights.sum() else None
+    first = table.losses[0]
+    slices = {name: _figures(table.where(sources == name), first) for name in names} if len(names) > 1 else {}
     return {
-        "pairs": len(table),
-        "loss": None if weighted is None else float(weighted),
+        "format": FORMAT_VERSION,
+        "loss_choice": losses[first].model_dump(),
+        **_figures(table, first),
+        "by_source": slices,
+        "by_loss": {
+            name: {"loss_choice": loss.model_dump()} | _rewards(table, name)
+            for name, loss in losses.items()
+            if len(losses) > 1
+        },
+    }
+
+
+def _figures(table: PairTable, loss: str) -> dict[str, Any]:
+    means = {
+        "logps/chosen": table.column("policy_chosen_logps"),
+        "logps/rejected": table.column("policy_rejected_logps"),
+    }
+    if "ref_chosen_logps" in table.columns:
+        chosen = means["logps/chosen"] - table.column("ref_chosen_logps")
+        rejected = means["logps/rejected"] - table.column("ref_rejected_logps")
+        means |= {
+            "logratios/chosen": chosen,
+            "logratios/rejected": rejected,
+            "logratios/margins": chosen - rejected,
+            "logratios/accuracies": chosen > rejected,
+        }
+    return (
+        {"pairs": len(table)} | _rewards(table, loss) | {name: float(column.mean()) for name, column in means.items()}
+    )
+
+
+def _rewards(table: PairTable, loss: str) -> dict[str, Any]:
+    """What a loss and its rewards say of the pairs."""
+    chosen, rejected, margins, losses = (
+        table.column(table.name_of(loss, kind)) for kind in ("chosen_rewards", "rejected_rewards", "margins", "losses")
+    )
+    weights = table.column("weight")
+    return {
+        "loss": float((weights * losses).sum() / weights.sum()) if weights.sum() else None,
         "rewards/accuracies": float((chosen > rejected).mean()),
         "rewards/ties": float((chosen == rejected).mean()),
         "rewards/margins": float(margins.mean()),
@@ -96,8 +75,6 @@ def _figures(table: PairTable) -> dict[str, Any]:
         },
         "rewards/chosen": float(chosen.mean()),
         "rewards/rejected": float(rejected.mean()),
-        "logps/chosen": float(table.column("policy_chosen_logps").mean()),
-        "logps/rejected": float(table.column("policy_rejected_logps").mean()),
     }
 
 
@@ -109,14 +86,22 @@ def write_report(directory: Path, report: dict[str, Any], table: PairTable) -> N
 
 
 def render(printer: Printer, report: dict[str, Any]) -> None:
-    """The table on the terminal: a line for everything, and one per source."""
-    loss = report["loss_choice"]
-    columns = ["", "pairs", "accuracy", "ties", "margin", "median", "5%", "95%", "chosen", "rejected", "loss"]
+    """The table on the terminal: a line for everything, then one per source, or one per loss."""
     lines = [("all", report), *report["by_source"].items()]
+    title = f"{report['model']}: rewards of {LossChoice.model_validate(report['loss_choice'])}"
+    if report["by_loss"]:
+        _table(printer, f"{report['model']}: by loss", list(report["by_loss"].items()), report["pairs"])
+    if len(lines) > 1 or not report["by_loss"]:
+        _table(printer, title, lines)
+    printer.say("Accuracy counts a pair as right when its chosen reward is strictly higher; a tie is not right.")
+
+
+def _table(printer: Printer, title: str, lines: list[tuple[str, dict[str, Any]]], pairs: int | None = None) -> None:
+    columns = ["", "pairs", "accuracy", "ties", "margin", "median", "5%", "95%", "chosen", "rejected", "loss"]
     rows = [
         [
             name or "(none)",
-            entry["pairs"],
+            entry.get("pairs", pairs),
             entry["rewards/accuracies"],
             entry["rewards/ties"],
             entry["rewards/margins"],
@@ -127,5 +112,4 @@ def render(printer: Printer, report: dict[str, Any]) -> None:
         ]
         for name, entry in lines
     ]
-    printer.table(f"{report['model']}: rewards of {loss['name']}, beta {loss['beta']:g}", columns, rows)
-    printer.say("Accuracy counts a pair as right when its chosen reward is strictly higher; a tie is not right.")
+    printer.table(title, columns, rows)

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.report import PairTable, figures, render, write_report
+from dpocli.artifacts.pair_table import PairTable, ScoredPairs
+from dpocli.artifacts.report import figures, render, write_report
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands.inputs import Inputs, check_inputs
-from dpocli.config.models import EvaluateOptions, LossChoice
+from dpocli.commands.inputs import Inputs, check_inputs, check_weights
+from dpocli.config.loss_choice import named
+from dpocli.config.models import EvaluateOptions
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
     Provenance,
@@ -23,8 +26,7 @@ from dpocli.engine.model import (
 from dpocli.engine.passes import PairView, my_passes, score, token_budget
 from dpocli.engine.stop import StopFlag
 from dpocli.errors import NumericsError, PreemptedError
-from dpocli.objective import losses
-from dpocli.objective.logps import pair_logps
+from dpocli.objective.logps import Wanted, pair_logps
 from dpocli.objective.scoring import PairScorer
 from dpocli.progress import Progress
 from dpocli.terminal import Terminal
@@ -34,24 +36,28 @@ PAIRS_AT_ONCE = 4096
 
 
 def run(options: EvaluateOptions, terminal: Terminal) -> None:
-    """Scores every pair with the policy and reports what the loss's rewards say."""
+    """Scores every pair with the policy, once, and reports what the rewards of each loss say."""
     device = pick_device(options.device)
     directory = locate_model(options)
     provenance = Provenance.of(directory)
-    loss = LossChoice.from_options(options, provenance.loss)
-    check_inputs(options, loss, provenance.trained_from)
-    inputs = Inputs.open(options, loss, load_tokenizer(directory, options), terminal)
+    by_name = named(options.loss_choices(provenance.loss))
+    losses = list(by_name.values())
+    check_inputs(options, losses, provenance.trained_from)
+    inputs = Inputs.open(options, losses, load_tokenizer(directory, options), terminal)
     with (
         joined(device) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
         StopFlag() as stop,
     ):
         store = inputs.pairs(options.scratch or options.out, processes, terminal)
+        for loss in losses:
+            check_weights(loss, [PairView(store, np.arange(len(store)))])
         out.write_config(options)
         _tell_other_reference(provenance, store, terminal)
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
         model = load_model(directory, options, dtype, device)
-        scorer = PairScorer(model, collision=loss.spec.needs_collision)
+        wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
+        scorer = PairScorer(model, collision=wanted.collision)
         budget = token_budget(options.token_budget, device)
 
         def go_on() -> None:
@@ -59,13 +65,15 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
                 raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
 
         with terminal.progress(len(store), "evaluate") as progress:
-            parts = list(_scored(scorer, loss, store, budget, processes, progress, go_on))
-        table = PairTable.joined(processes.gather(parts))
-        _check_finite(table)
-        report = figures(table) | {
+            parts = list(_scored(scorer, wanted, store, budget, processes, progress, go_on))
+        scored = ScoredPairs.joined(processes.gather(parts))
+        _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
+        table = PairTable.of(scored, by_name, provenance.loss_states)
+        for name in by_name:
+            _check_finite(scored.rows, table.column(table.name_of(name, "losses"))[:, None], f"losses ({name})")
+        report = figures(table, by_name) | {
             "model": options.model,
             "reference": str(options.reference) if options.reference else None,
-            "loss_choice": loss.model_dump(),
             "dtype": dtype_name(dtype),
             "environment": environment(device),
         }
@@ -76,14 +84,14 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
 
 def _scored(
     scorer: PairScorer,
-    loss: LossChoice,
+    wanted: Wanted,
     store: PairStore,
     budget: int,
     processes: Processes,
     progress: Progress,
     go_on: Callable[[], None],
-) -> Iterator[PairTable]:
-    """This process's pairs, in pieces, with everything that is reported of them."""
+) -> Iterator[ScoredPairs]:
+    """This process's pairs, in pieces."""
     for start in range(0, len(store), PAIRS_AT_ONCE):
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
         for positions, pairs in my_passes(view, np.arange(len(view)), budget, processes):
@@ -92,19 +100,17 @@ def _scored(
                 continue
             with torch.no_grad():
                 batch, tokens = score(scorer, pairs, processes.device)
-                logps = pair_logps(tokens, batch, pairs, reference=store.has_reference)
-                output = losses.compute(loss, logps)
+                logps = pair_logps(tokens, batch, pairs, wanted)
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
-            yield PairTable.of(start + positions, pairs, logps, output)
+            yield ScoredPairs.of(start + positions, pairs, logps, wanted)
 
 
-def _check_finite(table: PairTable) -> None:
-    bad = table.column("row")[
-        ~np.isfinite(sum(table.column(name) for name in ("policy_chosen_logps", "policy_rejected_logps", "losses")))
-    ]
+def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: str) -> None:
+    """Raises NumericsError where a row of `values`, shape (pairs, columns), holds what is no number."""
+    bad = rows[~np.isfinite(values).all(axis=1)]
     if len(bad):
         raise NumericsError(
-            f"The policy gives log-probs or losses that are not finite for {len(bad)} pairs, the first of source rows "
+            f"The policy gives {what} that are not finite for {len(bad)} pairs, the first of source rows "
             f"{', '.join(map(str, bad[:10].tolist()))}. Try --dtype float32, or look at the model's weights."
         )
 

@@ -1,6 +1,7 @@
 """The pairs that train and evaluate read: reference caches, or raw rows encoded on the spot."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
 from dpocli.commands.tiles import TileEncoder, judge_skips
-from dpocli.config.models import EvaluateOptions, LossChoice, PrecomputeOptions, TrainOptions
+from dpocli.config.catalogue import CATALOGUE
+from dpocli.config.loss_choice import LossChoice
+from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
 from dpocli.data.encode import Encoder
 from dpocli.data.sources import Rows, open_rows
 from dpocli.engine.mesh import Processes
+from dpocli.engine.passes import PairView
 from dpocli.errors import CacheError, DataError, UsageError
 from dpocli.options import options_of
 from dpocli.terminal import Terminal
@@ -39,7 +43,7 @@ class Inputs:
     def open(
         cls,
         options: TrainOptions | EvaluateOptions,
-        loss: LossChoice,
+        losses: Sequence[LossChoice],
         tokenizer: PreTrainedTokenizerBase,
         terminal: Terminal,
     ) -> "Inputs":
@@ -51,10 +55,10 @@ class Inputs:
             CacheError: a cache is missing, incomplete, damaged, of another tokenizer or of another reference, or holds no
                 log-probs although the loss needs them.
         """
-        reference = _open_cache(options.reference, loss, tokenizer, terminal) if options.reference else None
+        reference = _open_cache(options.reference, losses, tokenizer, terminal) if options.reference else None
         held_out = None
         if isinstance(options, TrainOptions) and options.eval_reference:
-            held_out = _open_cache(options.eval_reference, loss, tokenizer, terminal)
+            held_out = _open_cache(options.eval_reference, losses, tokenizer, terminal)
             _refuse_empty(held_out)
             if reference is not None and reference.has_reference:
                 reference.check_same_reference(held_out)
@@ -80,20 +84,35 @@ class Inputs:
         return store
 
 
-def check_inputs(options: TrainOptions | EvaluateOptions, loss: LossChoice, trained_from: str | None = None) -> None:
-    """Raises UsageError where the loss cannot be computed from what is given, or `--out` holds something else."""
+def check_inputs(
+    options: TrainOptions | EvaluateOptions, losses: Sequence[LossChoice], trained_from: str | None = None
+) -> None:
+    """Raises UsageError where a loss cannot be computed from what is given, or `--out` holds something else."""
     check_out(options.out, "train" if isinstance(options, TrainOptions) else "evaluate")
     if options.reference:
         return
     if not options.data:
         raise UsageError("--reference: missing. Give the reference cache that `dpocli precompute` wrote.")
-    if loss.spec.needs_reference:
+    if needing := [loss.label for loss in losses if loss.needs_reference]:
+        free = ", ".join(spec.name for spec in CATALOGUE.values() if not spec.needs_reference)
         raise UsageError(
-            f"--loss {loss.name} compares with a reference, and --data holds none. Score the rows once:\n\n"
+            f"--loss {', '.join(needing)} compares with a reference, and --data holds none. Score the rows once:\n\n"
             f"    {precompute_line(options, trained_from)}\n\n"
-            "then give --reference reference/ instead of --data. (Losses that need no reference: "
-            "dpo_reference_free, simpo.)"
+            f"then give --reference reference/ instead of --data. (Losses that need no reference: {free}.)"
         )
+
+
+def check_weights(loss: LossChoice, views: Sequence[PairView]) -> None:
+    """Raises UsageError where pairs have weights, and the loss has no meaning for them."""
+    weightless = [term.name for term in loss.terms if not term.spec.takes_weights]
+    for view in views:
+        if weightless and (weighted := (view.weights != 1).nonzero()[0]).size:
+            row = view.load(weighted[:1])[0].row
+            raise UsageError(
+                f"--loss {loss.label}: {weightless[0]} compares pairs with each other by rank, and what a weight would mean "
+                f"there is not defined; {len(weighted):,} pairs of {view.store.directory} have a weight other than 1, the first "
+                f"in source row {row}. Take another loss, or leave the field `weight` out."
+            )
 
 
 def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str | None = None) -> str:
@@ -116,13 +135,16 @@ def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str |
     return shlex.join(words)
 
 
-def _open_cache(directory: Path, loss: LossChoice, tokenizer: PreTrainedTokenizerBase, terminal: Terminal) -> PairStore:
+def _open_cache(
+    directory: Path, losses: Sequence[LossChoice], tokenizer: PreTrainedTokenizerBase, terminal: Terminal
+) -> PairStore:
     store = PairStore.open(directory)
     if notes := store.check_tokenizer(tokenizer):
         terminal.warn(f"Since {directory} was made: {'; '.join(notes)}. The cached pairs are used as they are.")
-    if loss.spec.needs_reference and not store.has_reference:
+    needing = [loss.label for loss in losses if loss.needs_reference]
+    if needing and not store.has_reference:
         raise CacheError(
-            f"The pairs of {directory} were encoded for training without a reference, and --loss {loss.name} compares with "
+            f"The pairs of {directory} were encoded for training without a reference, and --loss {needing[0]} compares with "
             "one. Score the rows: dpocli precompute --model REFERENCE --data prefs.jsonl --out CACHE"
         )
     return store

@@ -8,7 +8,7 @@ from typing import Any
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
 from dpocli.artifacts.hashing import HashMemory, digest_json, weights_hashes
-from dpocli.config.models import HYPERPARAMETER_FIELDS, LossChoice, TrainOptions
+from dpocli.config.models import NUMBERS_OF_LOSSES, TrainOptions
 from dpocli.errors import UsageError
 from dpocli.options import load_options
 
@@ -77,6 +77,5 @@ def inputs_of(options: TrainOptions) -> list[str]:
 def _values(options: TrainOptions) -> dict[str, Any]:
     """What decides the run, with defaults filled in, so that saying a default is not another setting."""
     values = {name: getattr(options, name) for name in TrainOptions.model_fields if name not in NEUTRAL}
-    values |= LossChoice.from_options(options).model_dump()
-    values["model"] = os.path.normpath(options.model)
-    return {name: value for name, value in values.items() if name not in HYPERPARAMETER_FIELDS and name != "loss"}
+    values |= {"loss": str(options.loss_choice()), "model": os.path.normpath(options.model)}
+    return {name: value for name, value in values.items() if name not in NUMBERS_OF_LOSSES}

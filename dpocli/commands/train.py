@@ -14,9 +14,11 @@ from dpocli.artifacts.fingerprint import config_differences, information_differe
 from dpocli.artifacts.hashing import HashMemory, digest_json, weights_hashes
 from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands.inputs import Inputs, check_inputs
+from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
-from dpocli.config.models import LossChoice, TrainOptions
+from dpocli.config.hyperparameters import Need
+from dpocli.config.loss_choice import LossChoice
+from dpocli.config.models import TrainOptions
 from dpocli.engine import step0
 from dpocli.engine.loop import run_steps
 from dpocli.engine.mesh import Processes, joined, pick_device
@@ -44,8 +46,8 @@ from dpocli.terminal import Printer, Terminal
 
 def run(options: TrainOptions, terminal: Terminal) -> None:
     """Trains, or goes on where the same line stopped, or says that there is nothing left to do."""
-    loss = LossChoice.from_options(options)
-    check_inputs(options, loss)
+    loss = options.loss_choice()
+    check_inputs(options, [loss])
     device = pick_device(options.device)
     model_directory = locate_model(options)
     if finished := finished_summary(options):
@@ -54,13 +56,14 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         return
     tokenizer = load_tokenizer(model_directory, options)
     check_trackers(options)
-    inputs = Inputs.open(options, loss, tokenizer, terminal)
+    inputs = Inputs.open(options, [loss], tokenizer, terminal)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(device, even_alone=True))
         out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
         stop = stack.enter_context(StopFlag())
         store = inputs.pairs(options.scratch or options.out, processes, terminal)
         training, held_out = split_pairs(options, store, inputs.held_out)
+        check_weights(loss, [view for view in (training, held_out) if view])
         dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
         budget = token_budget(options.token_budget, device)
@@ -87,7 +90,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         # Only now: a start that was refused may be mended with other settings in the same directory.
         out.write_config(options)
         run_steps(trainer, done + 1, held_out, checkpoints, out, stop, trackers, terminal)
-        summary = _finish(options, loss, out, policy, tokenizer, model_directory, schedule, store, device)
+        summary = _finish(options, loss, out, trainer, tokenizer, model_directory, store)
         terminal.result(summary, lambda printer: _render(printer, summary))
 
 
@@ -119,7 +122,7 @@ def _load_policy(
 ) -> Policy:
     # Master weights are float32; the policy's forward pass is in `dtype`.
     model = load_model(model_directory, options, torch.float32, processes.device)
-    scorer = PairScorer(model, collision=loss.spec.needs_collision, router_loss=options.router_aux_loss_coef > 0)
+    scorer = PairScorer(model, collision=Need.COLLISION in loss.needs, router_loss=options.router_aux_loss_coef > 0)
     return Policy(scorer, options, dtype, processes)
 
 
@@ -173,14 +176,13 @@ def _finish(
     options: TrainOptions,
     loss: LossChoice,
     out: RunDirectory,
-    policy: Policy,
+    trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     model_directory: Path,
-    schedule: Schedule,
     store: PairStore,
-    device: torch.device,
 ) -> dict[str, Any]:
     """The model, the curves and the summary."""
+    policy = trainer.policy
     weights = policy.weights()
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise NumericsError(
@@ -195,16 +197,17 @@ def _finish(
         "policy_weights": digest_json(weights_hashes(model_directory, HashMemory(options.out / ".hashes.json"))),
         "inputs": inputs_of(options),
         "pairs_digest": store.fingerprint.digest,
-        "steps": schedule.num_steps,
-        "pairs": schedule.num_pairs,
+        "steps": trainer.schedule.num_steps,
+        "pairs": trainer.schedule.num_pairs,
         "metrics": {key: value for row in rows for key, value in row.items()},
         "untrained": {key: value for key, value in (rows[0] if rows else {}).items() if key.startswith("eval/")},
-        "environment": environment(device),
+        "environment": environment(policy.processes.device),
     }
     if policy.processes.is_first:
         dtype = getattr(torch, options.save_dtype) if options.save_dtype else source_dtype(model_directory, options)
         provenance = Provenance(
             loss=loss,
+            loss_states=trainer.loss_states,
             trained_from=options.model,
             reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
         )
@@ -226,7 +229,9 @@ def _finish(
 
 def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
     metrics = summary["metrics"]
-    names = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+    names = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
+    if "logratios/margins" in metrics:
+        names += ["logratios/accuracies", "logratios/margins"]
     rows = [
         [name, metrics.get(name), summary["untrained"].get(f"eval/{name}"), metrics.get(f"eval/{name}")]
         for name in names

@@ -28,6 +28,11 @@ _FRACTION = (
 _SCHEDULE = "use --lr-schedule linear, cosine or constant"
 _LOSS_FREE = "choose a loss that needs no reference: --loss simpo or --loss dpo_reference_free"
 _GAMMA = "--gamma is the target reward margin of --loss simpo as in the paper"
+_WEIGHTED_SUM = "write a weighted sum: --loss dpo+0.2*sft"
+_ALPHA = (
+    "each has a name of its own: --alphapo-alpha, --r-dpo-alpha, --beta-dpo-alpha, --ld-alpha, --f-alpha; the weight of a "
+    "likelihood term is --sft-weight"
+)
 _AUTOMATIC = "there is nothing to set: checkpoints are found and a run goes on when the same line is given again"
 _SKIP = "leave it out: "
 _ADAM_ONLY = "the optimizer is AdamW: leave it out (--adam-beta1, --adam-beta2 and --adam-epsilon are its settings)"
@@ -98,8 +103,8 @@ FOREIGN_OPTIONS: Mapping[str, str] = {
     "input_key": "use --prompt-field",
     "cache_dir": "large temporary files go to --scratch; models come from a local directory or the hub's own cache",
     # loss
-    "loss_type": "use --loss (sigmoid is called dpo, sigmoid_norm dpo_norm; hinge, ipo and simpo have their names)",
-    "pref_loss": "use --loss (sigmoid is called dpo; hinge, ipo and simpo have their names)",
+    "loss_type": "use --loss (sigmoid is called dpo, sigmoid_norm dpo_norm, aot_pair aot_unpaired; the others have their names)",
+    "pref_loss": "use --loss (sigmoid is called dpo; the others have their names)",
     "rl": "use --loss",
     "dpo_beta": "use --beta",
     "rl_beta": "use --beta",
@@ -112,7 +117,22 @@ FOREIGN_OPTIONS: Mapping[str, str] = {
     "simpo_gamma_beta_ratio": _GAMMA + ": multiply the ratio by --beta",
     "reference_free": _LOSS_FREE,
     "ipo": "use --loss ipo",
-    "use_weighting": "use --loss wpo",
+    "use_weighting": "use --weighting wpo",
+    "loss_weights": _WEIGHTED_SUM,
+    "rpo_alpha": "use --loss rpo with --sft-weight, or " + _WEIGHTED_SUM,
+    "cpo_alpha": "use --loss cpo with --sft-weight",
+    "nll_loss_coef": "use --loss rpo with --sft-weight",
+    "pref_ftx": "use --loss rpo with --sft-weight, or " + _WEIGHTED_SUM,
+    "pref_bco_weight": "write a weighted sum: --loss dpo+0.5*bco_pair",
+    "simpo_hinge": "use --loss simpo_hinge",
+    "lambda_coef": "use --sft-weight",
+    "orpo_alpha": "use --beta (the lambda of orpo)",
+    "f_divergence_type": "use --f-divergence",
+    "f_alpha_divergence_coef": "use --f-alpha: the paper's alpha, which is 1 - alpha in TRL 1.x",
+    "lambda_dpop": "use --dpop-lambda",
+    "dpo_lambda": "use --dpop-lambda",
+    "alpha": _ALPHA,
+    "gap_mean": _SKIP + "the running mean margin of beta_dpo is learned",
     # optimization
     "lr": "use --learning-rate",
     "peak_lr": "use --learning-rate",
@@ -186,11 +206,52 @@ FOREIGN_LOSSES: Mapping[str, str] = {
     "length_normalized_dpo": "it is called dpo_norm here",
     "dpo_length_normalized": "it is called dpo_norm here",
     "reference_free": "it is called dpo_reference_free here",
-    "slic": "it is called hinge here",
     "rso": "it is called hinge here",
     "ipo_pair": "it is called ipo here",
+    "exo": "it is called exo_pair here",
+    "nca": "it is called nca_pair here",
+    "bco": "it is called bco_pair here",
+    "sppo": "it is called sppo_hard here",
+    "apo": "it is called apo_zero or apo_down here",
+    "aot_pair": "it is called aot_unpaired here, as in TRL 1.x",
+    "rdpo": "it is called robust here, or r_dpo for the length-regularised loss",
+    "ld_dpo": "it is dpo with --ld-alpha",
+    "f_dpo": "it is dpo with --f-divergence",
+    "smaug": "it is called dpop here",
+    "nll": "it is called sft here",
+    "cpo_simpo": "write the sum simpo+sft here",
+    "dpo_nll": "it is called rpo here",
+    "irpo": "it is called rpo here",
+    "caldpo": "it is called cal_dpo here",
+    "lrml": "it is called discopop here",
 }
 """Value of `loss_type` elsewhere → what it is called here."""
+
+_FULL_VOCABULARY = (
+    "takes the KL divergence over the whole vocabulary at every position, and a cache of the sampled tokens' log-probs "
+    "does not hold it; nearest here is dpo with --f-divergence"
+)
+_MOVING = (
+    "moves its reference while it trains, and a cache holds a frozen one; nearest here is a new precompute between runs"
+)
+_UNPAIRED = (
+    "learns from single answers and estimates a KL divergence on answers of other prompts; nearest here are bco_pair and "
+    "apo_zero, which judge each side of a pair by itself"
+)
+REFUSED_LOSSES: Mapping[str, str] = {
+    "tr_dpo": _MOVING,
+    "trdpo": _MOVING,
+    "tr_ipo": _MOVING,
+    "tdpo": _FULL_VOCABULARY,
+    "tdpo1": _FULL_VOCABULARY,
+    "tdpo2": _FULL_VOCABULARY,
+    "kto": _UNPAIRED,
+    "kto_pair": _UNPAIRED,
+    "apo_zero_unpaired": _UNPAIRED,
+    "online_dpo": "draws its answers while it trains, and a cache holds those of the data; use another trainer for it",
+    "xpo": "draws its answers while it trains, and a cache holds those of the data; use another trainer for it",
+}
+"""Losses that no such cache can serve → why. Completes the sentence that begins with the name."""
 
 
 def foreign_option(name: str) -> str | None:

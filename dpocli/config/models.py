@@ -7,12 +7,13 @@ what two commands share is one declaration.
 from datetime import date
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 
-from dpocli.config.catalogue import CATALOGUE, LossSpec
-from dpocli.config.foreign import foreign_loss
+from dpocli.config.catalogue import CATALOGUE, MIXTURES, all_hyperparameters, losses_using
+from dpocli.config.hyperparameters import Value
+from dpocli.config.loss_choice import LossChoice, choices_of, split_list
 from dpocli.errors import UsageError
 
 
@@ -106,67 +107,63 @@ class DataOptions(BaseModel):
     scratch: Path | None = _option(None, Panel.RUN, "directory for large temporary files (default: inside --out)")
 
 
-class LossOptions(BaseModel):
+if TYPE_CHECKING:
+
+    class _Hyperparameters(BaseModel):
+        """An option for each hyperparameter of the catalogue."""
+else:
+    # Made from the catalogue, so that a loss is declared in one place. These bounds are the widest; `LossChoice` knows
+    # those of the losses that are chosen.
+    _Hyperparameters = create_model(
+        "_Hyperparameters",
+        **{
+            name: (
+                (Literal[parameter.choices] if parameter.choices else float) | None,
+                _option(
+                    None,
+                    Panel.LOSS,
+                    f"{parameter.help} (of {', '.join(losses_using(name))})",
+                    ge=parameter.minimum,
+                    gt=parameter.above,
+                    le=parameter.maximum,
+                    lt=parameter.below,
+                ),
+            )
+            for name, parameter in all_hyperparameters().items()
+        },
+    )
+
+
+class LossOptions(_Hyperparameters):
     """The loss and its hyperparameters. A hyperparameter that the loss does not use is an error."""
 
     loss: str | None = _option(
-        None, Panel.LOSS, "loss: " + ", ".join(CATALOGUE) + " (default: dpo; evaluate: the model's)"
+        None,
+        Panel.LOSS,
+        "loss, or a weighted sum such as dpo+0.2*sft (default: dpo; evaluate: the model's). There are "
+        + ", ".join((*CATALOGUE, *MIXTURES)),
     )
     beta: float | None = _option(None, Panel.LOSS, "strength of the pull to the reference (default: the paper's)", gt=0)
-    label_smoothing: float | None = _option(None, Panel.LOSS, "assumed share of flipped labels (cDPO)", ge=0, lt=0.5)
-    gamma: float | None = _option(None, Panel.LOSS, "target reward margin of simpo, as in the paper", ge=0)
-    reduction: Literal["mean", "sum"] | None = _option(None, Panel.LOSS, "log-ratios of ipo: per token or per answer")
 
-
-HYPERPARAMETER_FIELDS = tuple(name for name in LossOptions.model_fields if name not in ("loss", "beta"))
-
-
-class LossChoice(BaseModel):
-    """A loss with every number filled in. Stands in `dpocli.json` beside a trained model."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    name: str
-    beta: float
-    hyperparameters: dict[str, float | str] = {}
-
-    @property
-    def spec(self) -> LossSpec:
-        return CATALOGUE[self.name]
-
-    @classmethod
-    def from_options(cls, options: LossOptions, default: "LossChoice | None" = None) -> "LossChoice":
-        """The loss that `options` name, with the paper's value for every number not given.
+    def loss_choices(self, default: LossChoice | None = None) -> list[LossChoice]:
+        """The losses of `--loss a,b,c`, each with every number filled in.
 
         Args:
-            options: what the user gave.
-            default: the loss, with its numbers, where `options` name none (else `dpo`).
+            default: the loss where none is named, and whose numbers a loss of the same name takes before the paper's.
 
         Raises:
-            UsageError: there is no such loss, or it does not use a hyperparameter that is given.
+            UsageError: there is no such loss, or it does not use or allow a number that is given.
         """
-        name = options.loss or (default.name if default else "dpo")
-        if name not in CATALOGUE:
-            elsewhere = foreign_loss(name)
-            hint = f"{elsewhere[0].upper()}{elsewhere[1:]}. There" if elsewhere else "There"
-            where = f"--loss {name}" if options.loss else f"The loss {name} of the model's dpocli.json"
-            raise UsageError(f"{where}: there is no such loss. {hint} are {', '.join(CATALOGUE)}.")
-        spec = CATALOGUE[name]
-        given = {
-            field: getattr(options, field) for field in HYPERPARAMETER_FIELDS if getattr(options, field) is not None
-        }
-        for field in given.keys() - spec.defaults.keys():
-            users = ", ".join(other.name for other in CATALOGUE.values() if field in other.defaults)
-            raise UsageError(f"--{field.replace('_', '-')}: {name} does not use it. Losses that do: {users}.")
-        beta, numbers = spec.beta, spec.defaults
-        if default and default.name == name:
-            if unknown := sorted(default.hyperparameters.keys() - numbers.keys()):
-                raise UsageError(
-                    f"The model's dpocli.json: it was trained with {name} and {', '.join(unknown)}, which this dpocli does "
-                    "not know. Update dpocli."
-                )
-            beta, numbers = default.beta, numbers | default.hyperparameters
-        return cls(name=name, beta=beta if options.beta is None else options.beta, hyperparameters=numbers | given)
+        texts = split_list(self.loss) if self.loss else [default.label if default else "dpo"]
+        return choices_of(texts, self._given_numbers, default)
+
+    @property
+    def _given_numbers(self) -> dict[str, Value]:
+        values = {name: getattr(self, name) for name in NUMBERS_OF_LOSSES}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+NUMBERS_OF_LOSSES = ("beta", *all_hyperparameters())
 
 
 class PrecomputeOptions(ModelOptions, DataOptions, Options):
@@ -246,6 +243,16 @@ class TrainOptions(LossOptions, ModelOptions, DataOptions, Options):
     save_every: int | None = _option(None, Panel.RUN, "steps between checkpoints (default: a tenth of the run)", ge=1)
     keep_last: int = _option(2, Panel.RUN, "checkpoints to keep", ge=1)
     track: CommaList = _option([], Panel.RUN, "also log to: tensorboard, wandb (extras)")
+
+    def loss_choice(self) -> LossChoice:
+        """The loss to train with. Arguments and errors as for `loss_choices`."""
+        choices = self.loss_choices()
+        if len(choices) > 1:
+            raise UsageError(
+                f"--loss {self.loss}: a run trains with one loss. Write a weighted sum with +, as in {'+'.join(split_list(self.loss or ''))}, "
+                "or start a run for each; evaluate takes several."
+            )
+        return choices[0]
 
     @model_validator(mode="after")
     def _inputs_fit_the_loss(self) -> Self:

@@ -24,7 +24,8 @@ import dpocli
 from dpocli.artifacts.files import sync_directory, sync_file
 from dpocli.artifacts.hashing import meaningful_config
 from dpocli.artifacts.status import is_out_of_memory
-from dpocli.config.models import LossChoice, ModelOptions
+from dpocli.config.loss_choice import LossChoice
+from dpocli.config.models import ModelOptions
 from dpocli.errors import UsageError
 
 # One voice on stderr: the bars and the chatter of the library would stand between our own lines.
@@ -177,6 +178,8 @@ class Provenance(BaseModel):
 
     format: int = 1
     loss: LossChoice | None = None
+    loss_states: dict[str, dict[str, float]] = {}
+    """What losses with a memory knew at the end of the training."""
     trained_from: str | None = None
     reference_digest: str | None = None
     """Of the reference that it was trained against; None without one."""

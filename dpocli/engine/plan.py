@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from dpocli.config.models import LossChoice, TrainOptions
+from dpocli.config.loss_choice import LossChoice
+from dpocli.config.models import TrainOptions
 from dpocli.data.batches import deal
 from dpocli.engine.model import dtype_name
 from dpocli.engine.passes import PairView
@@ -30,9 +31,8 @@ def describe(
     passes = _passes_per_step(training, schedule, policy.processes.count, budget)
     lengths = training.num_tokens
     count = policy.processes.count
-    numbers = ", ".join(f"{name} {value}" for name, value in loss.hyperparameters.items())
     rows: list[list[object]] = [
-        ["loss", f"{loss.name}, beta {loss.beta:g}" + (f", {numbers}" if numbers else "")],
+        ["loss", str(loss)],
         ["pairs", f"{len(training):,} to train on" + (f", {len(held_out):,} held out" if held_out else "")],
         ["tokens", f"{int(lengths.sum()):,} an epoch, {float(lengths.mean()):,.0f} a pair"],
         [
@@ -48,6 +48,14 @@ def describe(
             f"about {_expected_bytes(policy, dtype, budget, options) / 2**30:.1f} GiB on each of {count} process(es)",
         ],
     ]
+    if loss.is_whole_batch:
+        twice = passes > 1 or count > 1
+        cost = (
+            "each is scored twice a step: about a third more compute" if twice else "which fit one pass: no extra cost"
+        )
+        rows.insert(
+            1, ["whole batch", f"the loss of a pair depends on all {schedule.batch_size} pairs of its batch; {cost}"]
+        )
     terminal.table("Plan", ["", ""], rows)
     if options.batch_size is None and schedule.batch_size < 128:
         terminal.say(

@@ -1,65 +1,44 @@
-"""Metrics of pairs: sums first and one division last, so that ranks and micro-batches cannot change a mean."""
+"""Metrics of the pairs of a global batch, which are all at hand: micro-batches and processes cannot change a mean."""
 
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
 from dpocli.objective.logps import PairLogps
 from dpocli.objective.losses import LossOutput
 
-_MEANS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "rewards/ties",
-    "logps/chosen",
-    "logps/rejected",
-)
+
+def batch_loss(losses: Tensor, weights: Tensor) -> Tensor:
+    """Σ wᵢ · lossᵢ / Σ wᵢ, or 0 where all weights are 0. Arguments of shape (pairs,)."""
+    return (weights * losses).sum() / weights.sum().clamp(min=1e-300)
 
 
-@dataclass(frozen=True, slots=True)
-class MetricSums:
-    """Sums over some pairs. Adding two gives the sums over both; `values` is what ranks reduce."""
+def pair_metrics(output: LossOutput, logps: PairLogps, weights: Tensor) -> dict[str, float]:
+    """The field's metric names: `loss` (weighted mean), `rewards/…`, `logps/…` (means over pairs, nats).
 
-    values: Tensor
-    """Shape (3 + metrics,), float64: Σ weight · loss, Σ weight, number of pairs, then the sum of each metric."""
+    Beside the rewards, which are what the loss ranks by, stand the summed log-ratios (`logratios/…`), so that runs with
+    different losses can be compared; and of a weighted sum the loss of each term (`loss/NAME`).
 
-    @classmethod
-    def zero(cls, device: torch.device) -> "MetricSums":
-        return cls(torch.zeros(3 + len(_MEANS), dtype=torch.float64, device=device))
-
-    @classmethod
-    def of(cls, output: LossOutput, logps: PairLogps, weights: Tensor) -> "MetricSums":
-        """Sums over the pairs of one loss output.
-
-        Args:
-            output: per pair.
-            logps: of the same pairs.
-            weights: shape (pairs,), float64; pairs of weight 0 count in the metrics, which are unweighted.
-        """
-        chosen, rejected = output.chosen_rewards, output.rejected_rewards
-        columns = (
-            chosen,
-            rejected,
-            chosen - rejected,
-            (chosen > rejected).double(),
-            (chosen == rejected).double(),
-            logps.policy_chosen,
-            logps.policy_rejected,
+    Args:
+        output: per pair.
+        logps: of the same pairs.
+        weights: shape (pairs,), float64; pairs of weight 0 count in the metrics, which are unweighted.
+    """
+    columns = _compared("rewards", output.chosen_rewards, output.rejected_rewards)
+    columns |= {"logps/chosen": logps.policy_chosen, "logps/rejected": logps.policy_rejected}
+    if logps.reference_chosen is not None and logps.reference_rejected is not None:
+        columns |= _compared(
+            "logratios", logps.policy_chosen - logps.reference_chosen, logps.policy_rejected - logps.reference_rejected
         )
-        losses = output.losses.detach()
-        head = torch.stack([(weights * losses).sum(), weights.sum(), torch.ones_like(losses).sum()])
-        return cls(torch.cat([head, torch.stack([column.detach().sum() for column in columns])]))
+    weighted = {"loss": output.losses} | {f"loss/{name}": losses for name, losses in output.terms.items()}
+    return {name: float(batch_loss(losses.detach().double(), weights)) for name, losses in weighted.items()} | {
+        name: float(column.detach().double().mean()) for name, column in columns.items()
+    }
 
-    def __add__(self, other: "MetricSums") -> "MetricSums":
-        return MetricSums(self.values + other.values)
 
-    def means(self) -> dict[str, float]:
-        """The field's metric names: `loss` (weighted mean), `rewards/…`, `logps/…` (means over pairs, nats)."""
-        weighted_loss, weight, pairs, *sums = self.values.tolist()
-        if not pairs:
-            return {}
-        means = {name: total / pairs for name, total in zip(_MEANS, sums, strict=True)}
-        return {"loss": weighted_loss / weight if weight else 0.0} | means
+def _compared(kind: str, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{kind}/chosen": chosen,
+        f"{kind}/rejected": rejected,
+        f"{kind}/margins": chosen - rejected,
+        f"{kind}/accuracies": chosen > rejected,
+        f"{kind}/ties": chosen == rejected,
+    }

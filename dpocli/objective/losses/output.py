@@ -1,11 +1,16 @@
 """What a loss returns, and the helpers that the families share."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpocli.objective.logps import PairLogps
+
+LossState = Mapping[str, float]
+"""What a loss remembers from step to step. Python's floats are float64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +21,8 @@ class LossOutput:
     chosen_rewards: Tensor
     """What the loss ranks by, no gradient."""
     rejected_rewards: Tensor
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a weighted sum: the losses of each term by name, before its weight, no gradient."""
 
 
 def log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
@@ -25,12 +32,32 @@ def log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
     return logps.policy_chosen - logps.reference_chosen, logps.policy_rejected - logps.reference_rejected
 
 
+def mean_log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """The same per token. Shapes (pairs,), nats per token."""
+    chosen, rejected = log_ratios(logps)
+    return chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+
+
+def mean_logps(logps: PairLogps) -> tuple[Tensor, Tensor]:
+    """log π(y|x) per token of the chosen and the rejected side. Shapes (pairs,), nats per token."""
+    return logps.policy_chosen / logps.chosen_tokens, logps.policy_rejected / logps.rejected_tokens
+
+
 def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     """-(1 - ε) log σ(margin) - ε log σ(-margin). Shape (pairs,); finite at any finite margin.
 
     Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
     """
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """exp, which goes on as a constant where the dtype would overflow (from e^40 in float32, e^350 in float64).
+
+    There the formula's value has no meaning for training, and an infinity would end the run. The bound leaves room for
+    a square, which IPO takes.
+    """
+    return torch.exp(exponent.clamp(max=350.0 if exponent.dtype == torch.float64 else 40.0))
 
 
 def ranked_by(losses: Tensor, chosen: Tensor, rejected: Tensor) -> LossOutput:

@@ -1,9 +1,9 @@
-"""Losses that drive the margin to a target: IPO's square, the hinge of RSO and SLiC, and SimPO's shifted logistic."""
+"""Losses that drive the margin to a target and are content there: IPO's square, and the hinge of RSO and SLiC."""
 
 import torch
 
 from dpocli.objective.logps import PairLogps
-from dpocli.objective.losses.output import LossOutput, log_ratios, ranked_by, smoothed_logistic
+from dpocli.objective.losses.output import LossOutput, log_ratios, mean_log_ratios, ranked_by
 
 
 def ipo(logps: PairLogps, *, beta: float, reduction: str = "mean") -> LossOutput:
@@ -18,9 +18,7 @@ def ipo(logps: PairLogps, *, beta: float, reduction: str = "mean") -> LossOutput
     Returns:
         Rewards are β x log-ratio, reduced in the same way.
     """
-    chosen, rejected = log_ratios(logps)
-    if reduction == "mean":
-        chosen, rejected = chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
+    chosen, rejected = mean_log_ratios(logps) if reduction == "mean" else log_ratios(logps)
     return ranked_by((chosen - rejected - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected)
 
 
@@ -36,18 +34,3 @@ def hinge(logps: PairLogps, *, beta: float) -> LossOutput:
     """
     chosen, rejected = log_ratios(logps)
     return ranked_by(torch.relu(1 - beta * (chosen - rejected)), beta * chosen, beta * rejected)
-
-
-def simpo(logps: PairLogps, *, beta: float, gamma: float = 1.0, label_smoothing: float = 0.0) -> LossOutput:
-    """Simple Preference Optimization: no reference, mean log-probs, and a target margin.
-
-        L = -log σ(β/|chosen| log π(chosen) - β/|rejected| log π(rejected) - γ)
-
-    Meng et al. 2024, arXiv:2405.14734, eq. 6. γ is subtracted as in the paper; code that takes γ/β multiplies it by β.
-
-    Returns:
-        Rewards are β x mean log-prob per token.
-    """
-    chosen = beta * logps.policy_chosen / logps.chosen_tokens
-    rejected = beta * logps.policy_rejected / logps.rejected_tokens
-    return ranked_by(smoothed_logistic(chosen - rejected - gamma, label_smoothing), chosen, rejected)

@@ -1,0 +1,115 @@
+"""The gradient of a global batch, gathered micro-batch by micro-batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dpocli.config.loss_choice import LossChoice
+from dpocli.data.preference import EncodedPair
+from dpocli.engine.global_batch import GlobalBatch
+from dpocli.engine.mesh import Processes
+from dpocli.engine.passes import FILLER, score
+from dpocli.engine.policy import Policy
+from dpocli.objective import losses
+from dpocli.objective.batch_gradient import batch_gradient, with_gradient
+from dpocli.objective.logps import PairLogps, TokenLogps, Wanted, pair_logps
+
+Pass = tuple[NDArray[np.int64], list[EncodedPair]]
+"""A micro-batch of this process: positions in the training pairs, and the pairs; empty where only others have some."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One optimizer step's worth of pairs."""
+
+    number: int
+    passes: Sequence[Pass]
+    """This process's micro-batches, as many as every other process has."""
+    batch: GlobalBatch
+    weights: Tensor
+    """Of all pairs of the batch, in its order: shape (pairs,), float64."""
+
+    @property
+    def total_weight(self) -> Tensor:
+        return self.weights.sum().clamp(min=1e-300)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """Adds the gradient of a batch's loss to the policy's parameters."""
+
+    policy: Policy
+    loss: LossChoice
+    wanted: Wanted
+    router_aux_loss_coef: float
+    seed: int
+    processes: Processes
+
+    def accumulate(self, step: Step, states: losses.States) -> tuple[PairLogps, losses.States]:
+        """Back-propagates the loss of a step.
+
+        Returns:
+            The log-probs of the whole batch, and what the losses remember once it is counted in; the same on all
+            processes.
+        """
+        if self.loss.is_whole_batch:
+            return self._from_the_whole(step, states)
+        for index, (mine, _) in enumerate(step.passes):
+            tokens, logps = self._score(step, index)
+            weights = step.weights[step.batch.places(mine)]
+            loss = None
+            if logps is not None:
+                step.batch.put(mine, logps)
+                loss = (weights * losses.compute(self.loss, logps).losses).sum() / step.total_weight
+            self._backward(loss, tokens, weights.sum() / step.total_weight)
+        return step.batch.everywhere(), states
+
+    def _from_the_whole(self, step: Step, states: losses.States) -> tuple[PairLogps, losses.States]:
+        """Where the loss of a pair depends on the others.
+
+        All pairs are scored without a graph first. Then the gradient with respect to their log-probs is known, and each
+        micro-batch is scored again to carry its share of it to the weights. A batch that goes through the model in
+        one piece is scored once.
+        """
+        in_one_piece = len(step.passes) == self.processes.count == 1
+        for index, (mine, _) in enumerate(step.passes):
+            with torch.set_grad_enabled(in_one_piece):
+                tokens, live = self._score(step, index)
+            if live is not None:
+                step.batch.put(mine, live)
+        logps = step.batch.everywhere()
+        states = losses.next_states(self.loss, logps, states)
+        gradient = batch_gradient(self.loss, logps, step.weights, states)
+        for index, (mine, _) in enumerate(step.passes):
+            if not in_one_piece:
+                tokens, live = self._score(step, index)
+            places = step.batch.places(mine)
+            mine_gradient = {name: column[places] for name, column in gradient.items()}
+            loss = None if live is None else with_gradient(live, mine_gradient)
+            self._backward(loss, tokens, step.weights[places].sum() / step.total_weight)
+        return logps, states
+
+    def _score(self, step: Step, index: int) -> tuple[TokenLogps, PairLogps | None]:
+        """The live log-probs of a micro-batch; None for one without pairs, which goes through the model all the same."""
+        self.policy.reduce_gradients_on_backward(index == len(step.passes) - 1)
+        # What is random (dropout, where it is kept) is a function of the seed, the step, the process and the micro-batch,
+        # so that a batch that is scored twice is the same twice.
+        entropy = [self.seed, step.number, self.processes.rank, index]
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        _, pairs = step.passes[index]
+        batch, tokens = score(self.policy.scorer, pairs or [FILLER], self.processes.device)
+        return tokens, pair_logps(tokens, batch, pairs, self.wanted) if pairs else None
+
+    def _backward(self, loss: Tensor | None, tokens: TokenLogps, weight: Tensor) -> None:
+        """Back-propagates a micro-batch's share of the batch's loss; `weight` is its share of the weights."""
+        if loss is None:
+            # Zero, but with a graph: the backward pass of the others waits for this process's part of it.
+            loss = (tokens.chosen.sum() + tokens.rejected.sum()) * 0.0
+        elif tokens.router_loss is not None:
+            loss = loss + self.router_aux_loss_coef * tokens.router_loss * weight
+        # The engine averages gradients over processes; this is the one place that undoes it.
+        (loss * self.processes.count).backward()  # type: ignore[no-untyped-call]
