@@ -5,7 +5,7 @@ import yaml
 
 from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.foreign import FOREIGN_LOSSES, FOREIGN_OPTIONS
-from dpocli.config.models import EvaluateOptions, LossChoice, PrecomputeOptions, TrainOptions
+from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
 from dpocli.errors import UsageError
 from dpocli.options import COMMANDS, dump_yaml, explain_unknown, load_options, options_of, signature_of
 
@@ -219,4 +219,4 @@ def test_every_foreign_name_is_recognised_with_dashes_too(name):
 
 def test_a_foreign_loss_is_converted():
     with pytest.raises(UsageError, match=r"It is called dpo here\. There are dpo,"):
-        LossChoice.from_options(load_options(TrainOptions, NEEDED | {"loss": "sigmoid"}))
+        load_options(TrainOptions, NEEDED | {"loss": "sigmoid"}).loss_choice()

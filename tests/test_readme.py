@@ -22,13 +22,14 @@ import pytest
 from dpocli import __version__
 from dpocli.artifacts.cache_format import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
-from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.foreign import FOREIGN_OPTIONS
-from dpocli.config.models import LossChoice, LossOptions, PrecomputeOptions
+from dpocli.config.loss_choice import LossChoice
+from dpocli.config.models import LossOptions, PrecomputeOptions, TrainOptions
 from dpocli.data.forms import to_preference
 from dpocli.data.rows import RawRow
 from dpocli.errors import ExitCode
-from dpocli.options import COMMANDS, options_of
+from dpocli.options import COMMANDS, load_options, options_of
+from tests.readme_tables import with_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -80,7 +81,7 @@ def test_shell_blocks_are_valid(block):
 def test_command_lines_parse(line, monkeypatch, capsys):
     def run(options, terminal):
         if isinstance(options, LossOptions):
-            LossChoice.from_options(options)
+            options.loss_choices()
 
     for name in COMMANDS:
         monkeypatch.setitem(sys.modules, f"dpocli.commands.{name}", SimpleNamespace(run=run))
@@ -151,22 +152,16 @@ def test_the_examples_of_rows_are_read():
         assert "Granite." in str(preference.rejected), form
 
 
-def test_the_table_of_losses_is_the_catalogue():
-    def defaults(spec):
-        own = ((option.name.replace("_", "-"), option.default) for option in spec.hyperparameters)
-        return ", ".join(f"`--{name}` {value if isinstance(value, str) else f'{value:g}'}" for name, value in own)
+def test_the_tables_of_losses_are_the_catalogue():
+    assert with_tables(README) == README, "python -m tests.readme_tables writes them"
 
-    assert table("Losses") == [
-        [
-            f"`{spec.name}`",
-            f"`{spec.formula}`",
-            f"{spec.beta:g}",
-            defaults(spec),
-            "yes" if spec.needs_reference else "no",
-            spec.paper,
-        ]
-        for spec in CATALOGUE.values()
-    ]
+
+def test_the_sum_in_yaml_is_the_one_of_the_line(tmp_path):
+    (block,) = re.findall(r"```yaml\n(loss:.*?)```", README, flags=re.DOTALL)
+    (tmp_path / "c.yaml").write_text(block)
+    given = {"model": "m", "out": "o", "reference": "r", "config": str(tmp_path / "c.yaml")}
+    (line,) = [line for line in DPOCLI_LINES if "run-sum" in line]
+    assert load_options(TrainOptions, given).loss_choice() == LossChoice.of(line[line.index("--loss") + 1])
 
 
 def test_the_table_of_exit_codes_is_the_enumeration():

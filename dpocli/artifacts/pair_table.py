@@ -78,13 +78,13 @@ class PairTable:
     """Their names. The columns of the first have plain names; those of the others begin with the loss's."""
 
     @classmethod
-    def of(cls, scored: ScoredPairs, losses: Mapping[str, LossChoice], states: States) -> "PairTable":
+    def of(cls, scored: ScoredPairs, losses: Mapping[str, LossChoice], states: Mapping[str, States]) -> "PairTable":
         """What each loss makes of the pairs, which are one batch to a loss of the whole batch.
 
         Args:
             scored: in the order of the cache.
             losses: by name.
-            states: of losses that remember something, as training left them.
+            states: by name of the loss, what it remembers from the training.
         """
         logps = scored.logps
         table = cls(dict(scored.about), tuple(losses))
@@ -92,7 +92,7 @@ class PairTable:
             if column in scored.wanted.names:
                 table.columns[name] = logps.columns()[column].numpy()
         for name, loss in losses.items():
-            output = compute(loss, logps, states)
+            output = compute(loss, logps, states.get(name))
             values = {
                 "chosen_rewards": output.chosen_rewards,
                 "rejected_rewards": output.rejected_rewards,

@@ -11,7 +11,7 @@ from dpocli.artifacts.pair_table import PairTable, ScoredPairs
 from dpocli.artifacts.report import figures, render, write_report
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
-from dpocli.config.loss_choice import named
+from dpocli.config.loss_choice import LossChoice, named
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
@@ -68,7 +68,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             parts = list(_scored(scorer, wanted, store, budget, processes, progress, go_on))
         scored = ScoredPairs.joined(processes.gather(parts))
         _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
-        table = PairTable.of(scored, by_name, provenance.loss_states)
+        table = PairTable.of(scored, by_name, {name: _states(loss, provenance) for name, loss in by_name.items()})
         for name in by_name:
             _check_finite(scored.rows, table.column(table.name_of(name, "losses"))[:, None], f"losses ({name})")
         report = figures(table, by_name) | {
@@ -113,6 +113,16 @@ def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: st
             f"The policy gives {what} that are not finite for {len(bad)} pairs, the first of source rows "
             f"{', '.join(map(str, bad[:10].tolist()))}. Try --dtype float32, or look at the model's weights."
         )
+
+
+def _states(loss: LossChoice, provenance: Provenance) -> dict[str, dict[str, float]]:
+    """What the training left behind of the terms that are the same as there: other numbers have another scale."""
+    trained = {term.name: term for term in provenance.loss.terms} if provenance.loss else {}
+    return {
+        term.name: provenance.loss_states[term.name]
+        for term in loss.terms
+        if term.name in provenance.loss_states and term.numbers == trained[term.name].numbers
+    }
 
 
 def _tell_other_reference(provenance: Provenance, store: PairStore, terminal: Terminal) -> None:

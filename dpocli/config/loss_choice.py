@@ -13,7 +13,9 @@ from dpocli.config.hyperparameters import BETA, Need, Value
 from dpocli.errors import UsageError
 
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-_TERM = re.compile(rf"\s*(?:(?P<weight>{_NUMBER})\s*\*)?\s*(?P<name>[A-Za-z][\w-]*)\s*(?:\((?P<values>[^()]*)\))?\s*")
+_TERM = re.compile(
+    rf"\s*(?:(?P<weight>{_NUMBER})\s*\*)?\s*(?P<name>[A-Za-z]\w*(?:-[A-Za-z]\w*)*)\s*(?:\((?P<values>[^()]*)\))?\s*"
+)
 _FORM = "a loss, or a weighted sum such as dpo+0.2*sft or 0.8*dpo(beta=0.1)+0.2*bco_pair(delta=none)"
 
 
@@ -134,7 +136,7 @@ def choices_of(texts: Sequence[str], given: Mapping[str, Value], default: LossCh
     for name in given:
         if not any(_takes(CATALOGUE[term], name) for terms in parsed for _, term, _ in terms):
             names = ", ".join(dict.fromkeys(term for terms in parsed for _, term, _ in terms))
-            users = ", ".join(losses_using(name)) or "all with a beta"
+            users = ", ".join(losses_using(name)) or "all but sft"
             raise UsageError(f"{_flag(name)}: {names} does not use it. Losses that do: {users}.")
     return [
         LossChoice(

@@ -134,7 +134,7 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
 def dpocli_scoring(*, budget: bool, checkpointing: bool) -> Outcome:
     """`PairScorer` without gradients, as `precompute` calls it."""
     from dpocli.data.batches import PairBatch
-    from dpocli.objective.logps import pair_logps
+    from dpocli.objective.logps import Wanted, pair_logps
     from dpocli.objective.scoring import PairScorer
 
     del checkpointing  # without gradients there is nothing to checkpoint
@@ -146,7 +146,7 @@ def dpocli_scoring(*, budget: bool, checkpointing: bool) -> Outcome:
             encoded = _encoded([pairs[index] for index in members])
             batch = PairBatch.of(encoded)
             with torch.no_grad():
-                logps = pair_logps(scorer(batch), batch, encoded, reference=False)
+                logps = pair_logps(scorer(batch), batch, encoded, Wanted())
             columns = zip(logps.policy_chosen.tolist(), logps.policy_rejected.tolist(), strict=True)
             for index, both in zip(members, columns, strict=True):
                 sums[index] = list(both)
@@ -161,15 +161,16 @@ def dpocli_scoring(*, budget: bool, checkpointing: bool) -> Outcome:
 
 def dpocli_training(*, budget: bool, checkpointing: bool) -> Outcome:
     """Forward and backward pass of the DPO loss in `train`'s own engine, one process."""
-    from dpocli.config.models import LossChoice, TrainOptions
+    from dpocli.config.loss_choice import LossChoice
+    from dpocli.config.models import TrainOptions
     from dpocli.data.batches import PairBatch
     from dpocli.engine.mesh import joined
     from dpocli.engine.policy import Policy
     from dpocli.objective import losses
-    from dpocli.objective.logps import pair_logps
+    from dpocli.objective.logps import Wanted, pair_logps
     from dpocli.objective.scoring import PairScorer
 
-    choice = LossChoice(name="dpo", beta=BETA)
+    choice = LossChoice.of("dpo", {"beta": BETA})
     options = TrainOptions(
         out=Path("unused"), model="unused", reference=Path("unused"), gradient_checkpointing=checkpointing
     )
@@ -182,7 +183,7 @@ def dpocli_training(*, budget: bool, checkpointing: bool) -> Outcome:
             for members in _micro_batches(pairs, budget):
                 encoded = _encoded([pairs[index] for index in members])
                 batch = PairBatch.of(encoded)
-                logps = pair_logps(policy.scorer(batch), batch, encoded, reference=True)
+                logps = pair_logps(policy.scorer(batch), batch, encoded, Wanted(reference=True))
                 loss = losses.compute(choice, logps).losses.sum() / len(pairs)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())

@@ -120,7 +120,7 @@ WRONG_FROM_THE_START = {
         case("precompute --model {model} --data {rows} --shard 3/3", "--shard", "3/3", "0 <= I < N"),
         case("precompute --model {model} --data {rows} --shard 0/0", "--shard", "0/0", "0 <= I < N"),
         case("precompute --model {model} --data {rows} --shard 1", "--shard 1", "I/N"),
-        case("train --model {model} --reference {ref} --loss dpoo", "--loss dpoo: there is no such loss", "simpo"),
+        case("train --model {model} --reference {ref} --loss dpoo", "--loss dpoo: there is no loss dpoo", "Did you mean dpo?", "simpo"),
         case("train --model {model} --reference {ref} --loss sigmoid", "--loss sigmoid", "called dpo here"),
         case("train --model {model} --reference {ref} --gamma 1", "--gamma: dpo does not use it", "simpo"),
         case("evaluate --model {model} --reference {ref} --loss hinge --label-smoothing 0.1", "--label-smoothing: hinge"),
@@ -320,7 +320,7 @@ def test_a_run_goes_on_only_with_its_own_settings(world: World, dpocli: Run, tmp
     before = (run / "model" / "model.safetensors").stat().st_mtime_ns
     line = f"train --config {run}/config.yaml --out {run} --json"
     for more, difference in {
-        "--beta 0.5": "beta: 0.1 -> 0.5",
+        "--beta 0.5": "dpo(beta=0.1, label_smoothing=0) -> dpo(beta=0.5, label_smoothing=0)",
         "--seed 3": "seed: 0 -> 3",
         "--max-steps 9": "max_steps: 2 -> 9",
     }.items():

@@ -12,7 +12,7 @@ from dpocli.data.batches import PairBatch, deal, pack
 from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.errors import UsageError
 from dpocli.objective.head_probe import HeadKind
-from dpocli.objective.logps import pair_logps
+from dpocli.objective.logps import Wanted, pair_logps
 from dpocli.objective.scoring import PairScorer
 from tests.pairs import random_pairs
 from tests.tiny_models import FAMILIES, build, length_dependent
@@ -125,7 +125,7 @@ def test_masked_tokens_are_scored_but_not_summed() -> None:
     batch = PairBatch.of(pairs)
     with torch.no_grad():
         tokens = PairScorer(model)(batch)
-    sums = pair_logps(tokens, batch, pairs, reference=True)
+    sums = pair_logps(tokens, batch, pairs, Wanted(reference=True))
     for index, pair in enumerate(pairs):
         chosen = plain_logps(model, pair.prompt_ids, pair.chosen_ids)
         torch.testing.assert_close(
