@@ -252,8 +252,8 @@ def _loss_of_terms(node: yaml.Node, place: str) -> str:
     """The text of a loss that is written out term by term."""
     try:
         return text_of_terms(yaml.load(yaml.serialize(node), Loader=yaml.BaseLoader))
-    except ValueError as error:
-        raise UsageError(f"{place}: {error}.") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{place}: {' '.join(str(error).split())}.") from None
 
 
 def explain_unknown(name: str, model: type[Options]) -> str:

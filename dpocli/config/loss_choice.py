@@ -16,6 +16,7 @@ _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _TERM = re.compile(
     rf"\s*(?:(?P<weight>{_NUMBER})\s*\*)?\s*(?P<name>[A-Za-z]\w*(?:-[A-Za-z]\w*)*)\s*(?:\((?P<values>[^()]*)\))?\s*"
 )
+_F_ALPHA_ALONE = "--f-alpha: only the alpha divergence uses it; give --f-divergence alpha with it."
 _FORM = "a loss, or a weighted sum such as dpo+0.2*sft or 0.8*dpo(beta=0.1)+0.2*bco_pair(delta=none)"
 
 
@@ -138,7 +139,7 @@ def choices_of(texts: Sequence[str], given: Mapping[str, Value], default: LossCh
             names = ", ".join(dict.fromkeys(term for terms in parsed for _, term, _ in terms))
             users = ", ".join(losses_using(name)) or "all but sft"
             raise UsageError(f"{_flag(name)}: {names} does not use it. Losses that do: {users}.")
-    return [
+    choices = [
         LossChoice(
             terms=tuple(
                 _term(
@@ -153,6 +154,9 @@ def choices_of(texts: Sequence[str], given: Mapping[str, Value], default: LossCh
         )
         for terms in parsed
     ]
+    if "f_alpha" in given and not any("f_alpha" in term.hyperparameters for choice in choices for term in choice.terms):
+        raise UsageError(_F_ALPHA_ALONE)
+    return choices
 
 
 def named(choices: Sequence[LossChoice]) -> dict[str, LossChoice]:
@@ -187,6 +191,12 @@ def text_of_terms(terms: object) -> str:
         if wrong := [key for key, value in term.items() if not isinstance(value, str)]:
             raise ValueError(f"{wrong[0]} takes one value")
         inside = ", ".join(f"{key}={value}" for key, value in values.items())
+        if not re.fullmatch(r"[A-Za-z][\w-]*", term["name"]):
+            raise ValueError(f"name: {term['name']!r} is not the name of one loss; a sum has a term for each")
+        if wrong := [key for key, value in term.items() if re.search(r"[,()+=]", value) and "e+" not in value]:
+            raise ValueError(f"{wrong[0]}: {term[wrong[0]]!r} is not one value")
+        if "weight" in term and not re.fullmatch(_NUMBER, term["weight"]):
+            raise ValueError(f"weight: {term['weight']!r} is not a number above 0")
         texts.append(f"{term.get('weight', '1')}*{term['name']}" + (f"({inside})" if inside else ""))
     return "+".join(texts)
 
@@ -279,10 +289,8 @@ def _term(
             numbers.pop(modifier.name, None)
     if numbers.get("f_divergence") == "alpha":
         numbers.setdefault("f_alpha", spec.accepts["f_alpha"].default)
-    elif "f_alpha" in numbers:
-        if "f_alpha" in values:
-            raise UsageError("--f-alpha: only the alpha divergence uses it; give --f-divergence alpha with it.")
-        del numbers["f_alpha"]
+    elif numbers.pop("f_alpha", None) is not None and "f_alpha" in own:
+        raise UsageError(_F_ALPHA_ALONE)
     return LossTerm(name=name, weight=weight, beta=None if beta is None else float(beta), hyperparameters=numbers)
 
 

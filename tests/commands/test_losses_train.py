@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands import evaluate, train
 from dpocli.config.loss_choice import LossChoice
+from dpocli.engine import passes
 from dpocli.engine.trainer import StepOutcome, Trainer
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet, start
 from tests.commands.test_two_processes import TORCHRUN
@@ -132,15 +133,15 @@ def test_micro_batches_change_nothing(
         said[name] = " ".join(result.err.split())
     assert "no extra cost" in said["one"]
     assert "micro-batches 1.0 a step" in said["one"]
-    for name, passes in (("two", 2), ("many", 4)):
+    for name, at_least in (("two", 1.5), ("many", 3.5)):
         assert "each is scored twice a step" in said[name]
-        assert float(said[name].partition("micro-batches ")[2].split()[0]) >= passes - 0.5
+        assert float(said[name].partition("micro-batches ")[2].split()[0]) >= at_least
         assert_same_run(tmp_path / name, tmp_path / "one")
     # Each micro-batch taken for a batch: what could not be told apart from that would prove nothing.
     monkeypatch.setattr(LossChoice, "is_whole_batch", property(lambda _: False))
     wrong = dpocli(*line_of(far, far_held_out, "--loss", loss, *TWO_PASSES), "--out", tmp_path / "wrong")
     assert wrong.code == 0, wrong.err
-    with pytest.raises(AssertionError, match="grad_norm|loss"):
+    with pytest.raises(AssertionError, match=r"grad_norm|loss"):
         assert_same_run(tmp_path / "wrong", tmp_path / "one")
 
 
@@ -218,6 +219,12 @@ def test_evaluate_goes_by_what_training_remembers(
     (forgetful / "dpocli.json").write_text(json.dumps(provenance | {"loss_states": {}}))
     other = dpocli(*line, forgetful, "--out", tmp_path / "other")
     assert other.json["loss"] != pytest.approx(report.json["loss"], rel=1e-5)
+    # With another beta, rewards are on another scale than what is remembered.
+    rescaled = [
+        dpocli(*line, model, "--loss", "bco_pair", "--beta", 4, "--out", tmp_path / f"rescaled-{model.name}")
+        for model in (remembering / "model", forgetful)
+    ]
+    assert rescaled[0].json["loss"] == rescaled[1].json["loss"]
 
 
 def stop_after(rows: int, patch: pytest.MonkeyPatch) -> None:
@@ -292,11 +299,10 @@ def test_several_losses_are_evaluated_in_one_pass(
     far_held_out: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scored: list[int] = []
-    whole = evaluate.score
 
     def counting(scorer: Any, pairs: Any, device: Any) -> Any:
         scored.append(len(pairs))
-        return whole(scorer, pairs, device)
+        return passes.score(scorer, pairs, device)
 
     monkeypatch.setattr(evaluate, "score", counting)
 
@@ -347,7 +353,7 @@ def test_losses_by_rank_refuse_weights(loss: str, weighted: Path, cache: Path, t
         assert not (tmp_path / place / "model").exists()
 
 
-@pytest.mark.parametrize("loss", ["beta_dpo", "bco_pair(beta=0.1)", "mpo"])
+@pytest.mark.parametrize("loss", ["beta_dpo", "bco_pair(beta=0.1)"])
 def test_the_other_losses_of_a_batch_take_weights(loss: str, weighted: Path, tmp_path: Path, dpocli: Run) -> None:
     line = ("train", "--model", MODEL, "--reference", weighted, "--loss", loss, "--batch-size", 7, "--epochs", 2)
     rate = ("--learning-rate", "1e-3", "--save-every", 6)

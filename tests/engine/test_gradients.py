@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dpocli.config.hyperparameters import Need
@@ -166,7 +167,7 @@ def by_the_engine(
     step = Step(number, micro_batches, GlobalBatch(batch.positions, wanted, processes), batch.weights)
     logps, after = Gradients(policy, choice, wanted, router, SEED, processes).accumulate(step, states)
     value = batch_loss(losses.compute(choice, logps, after).losses, batch.weights)
-    grads = {name: parameter.grad.full_tensor() for name, parameter in policy.masters}
+    grads = {name: cast(DTensor, parameter.grad).full_tensor() for name, parameter in policy.masters}
     return Found(float(value), grads, after)
 
 
@@ -257,7 +258,7 @@ def with_dropout(share: float = 0.3) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
-    return model.eval()  # type: ignore[no-any-return]
+    return cast(PreTrainedModel, model.eval())
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])

@@ -9,6 +9,7 @@ from dpocli.objective.logps import PairLogps
 from dpocli.objective.losses.modifiers import wpo_weights
 from dpocli.objective.losses.output import (
     LossOutput,
+    bounded_exp,
     log_ratios,
     mean_log_ratios,
     ranked_by,
@@ -143,7 +144,7 @@ def discopop(logps: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Lo
     margin = beta * (chosen - rejected)
     logistic = -F.logsigmoid(margin) * torch.sigmoid(-margin / discopop_tau)
     # m exp(-x) in one exponent: apart, 0 times infinity.
-    exponential = torch.exp(F.logsigmoid(margin / discopop_tau) - margin)
+    exponential = bounded_exp(F.logsigmoid(margin / discopop_tau) - margin)
     return ranked_by(logistic + exponential, beta * chosen, beta * rejected)
 
 

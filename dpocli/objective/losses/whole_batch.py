@@ -55,7 +55,8 @@ def _unsorted(values: Tensor, order: Tensor) -> Tensor:
 
 
 SMALLEST_BETA = 1e-3
-"""Where the batch's margins are far below usual, the formula's beta would be negative: the authors' code stops here."""
+"""Where the batch's margins are far below usual, the formula's beta would be negative: the authors' code stops here
+(and so does a smaller benchmark beta at itself)."""
 
 
 def beta_dpo(
@@ -89,7 +90,7 @@ def beta_dpo(
     chosen, rejected = log_ratios(logps)
     mean = float((chosen - rejected).detach().double().mean())
     usual = state["mean"] if state else mean
-    batch_beta = max(SMALLEST_BETA, beta * (1 + beta_dpo_alpha * (mean - usual)))
+    batch_beta = max(min(SMALLEST_BETA, beta), beta * (1 + beta_dpo_alpha * (mean - usual)))
     losses = smoothed_logistic(batch_beta * (chosen - rejected), 0.0)
     return ranked_by(losses, beta * chosen, beta * rejected)
 
