@@ -374,7 +374,7 @@ def test_a_loss_in_yaml_that_is_none(tmp_path: Path, text: str, expected: str) -
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("loss: {name: dpo, weight: -1}", "cannot be read from '-1*dpo' on"),
+        ("loss: {name: dpo, weight: -1}", "weight: '-1' is not a number above 0"),
         ("loss: {name: dpo, weight: 0}", "the weight of dpo must be above 0"),
         ("loss: {name: dpo, beta: }", "'beta=' should be of the form name=value"),
         ("loss: {name: dpoo}", "there is no loss dpoo"),

@@ -47,7 +47,7 @@ def with_divergence(logps: PairLogps, *, f_divergence: str, f_alpha: float = 0.5
     Wang et al. 2023, arXiv:2309.16240. Its divergences are between distributions over answers; like the loss, this
     sees them on the ratios of the sampled answers only, not on the vocabulary at each token. α is the paper's (1 - α
     in TRL 1.x): towards 0 the reverse KL, 1 the forward KL. u is of whole answers, so 1/u soon overflows where an
-    answer falls: exp goes on as a constant from there (without gradient). The paper's f' of the forward KL is -1/u: the 1 cancels in margins
+    answer falls: exp goes on as its tangent from e^20. The paper's f' of the forward KL is -1/u: the 1 cancels in margins
     of sums, and where log-ratios are divided by their tokens it keeps the reference's own margin at 0.
 
     Returns:

@@ -51,13 +51,17 @@ def smoothed_logistic(margin: Tensor, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
-def bounded_exp(exponent: Tensor) -> Tensor:
-    """exp, which goes on as a constant where the dtype would overflow (from e^40 in float32, e^350 in float64).
+EXPONENT_BOUND = 20.0
 
-    There the formula's value has no meaning for training, and an infinity would end the run. The bound leaves room for
-    a square, which IPO takes.
+
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """exp, which goes on as its tangent from e^20.
+
+    There the formula's value has no meaning for training, and an infinity would end the run: the tokens' log-probs are
+    float32, and so is what reaches them. The slope stays, so that an answer that fell so far is still pulled back.
     """
-    return torch.exp(exponent.clamp(max=350.0 if exponent.dtype == torch.float64 else 40.0))
+    beyond = torch.relu(exponent - EXPONENT_BOUND)
+    return torch.exp(exponent.clamp(max=EXPONENT_BOUND)) * (1 + beyond)
 
 
 def ranked_by(losses: Tensor, chosen: Tensor, rejected: Tensor) -> LossOutput:

@@ -43,7 +43,7 @@ def alphapo(
 
         L = -log σ(r(chosen) - r(rejected) - γ),   r(y) = β (1 - exp(-α log π(y)/|y|)) / α
 
-    Gupta et al. 2025, arXiv:2501.03884. α = 0 is SimPO. exp goes on as a constant where it would overflow.
+    Gupta et al. 2025, arXiv:2501.03884. α = 0 is SimPO. exp goes on as its tangent from e^20.
 
     Returns:
         Rewards are r.
