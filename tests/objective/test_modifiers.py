@@ -191,8 +191,7 @@ def test_where_the_score_would_overflow_it_goes_on_as_its_tangent(numbers: dict[
     first, second, third = scores.tolist()
     assert first < second < third < 0
     slopes = gradients(scores, log_ratios)[0].tolist()
-    assert slopes[:2] == [0.0, 0.0]
-    assert slopes[2] > 1
+    assert slopes[0] == slopes[1] > 1  # an answer that fell so far is still pulled back
 
 
 @pytest.mark.parametrize("name", WITH_DIVERGENCE)
