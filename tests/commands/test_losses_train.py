@@ -148,11 +148,10 @@ def test_micro_batches_change_nothing(
 @pytest.mark.parametrize(
     "settings",
     [
-        ("--loss", ALL_OF_THEM, *ONE_PASS),
         # The last batch of an epoch holds one pair, so that one process has none.
-        ("--loss", MIXTURE, "--batch-size", 13, *MANY_PASSES),
+        pytest.param(("--loss", ALL_OF_THEM, "--batch-size", 13, *MANY_PASSES), id="a process without pairs"),
+        pytest.param(("--loss", MIXTURE, *ONE_PASS), id="one micro-batch each", marks=pytest.mark.slow),
     ],
-    ids=["all of them", "a process without pairs"],
 )
 def test_processes_change_nothing(
     settings: tuple[object, ...], far: Path, far_held_out: Path, tmp_path: Path, dpocli: Run
