@@ -250,6 +250,10 @@ def _yaml_value(node: yaml.Node, option: Option, place: str) -> Text | None:
 
 def _loss_of_terms(node: yaml.Node, place: str) -> str:
     """The text of a loss that is written out term by term."""
+    for term in node.value if isinstance(node, yaml.SequenceNode) else [node]:
+        keys = [key.value for key, _ in term.value] if isinstance(term, yaml.MappingNode) else []
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise UsageError(f"{place}: {twice[0]} is given twice in one term; leave one of them.")
     try:
         return text_of_terms(yaml.load(yaml.serialize(node), Loader=yaml.BaseLoader))
     except (ValueError, yaml.YAMLError) as error:

@@ -1,6 +1,7 @@
 """The numbers and choices that losses take beyond beta: their names, bounds, and what they ask of the scorer."""
 
 import operator
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -44,6 +45,9 @@ class Hyperparameter:
             if given not in self.choices:
                 raise ValueError(f"is not one of {', '.join(self.choices)}")
             return given
+        # float() alone would also take 1_0, and digits of other scripts.
+        if isinstance(given, str) and not re.fullmatch(r"[-+.a-z0-9]+", given.strip(), re.ASCII | re.IGNORECASE):
+            raise ValueError("must be a number")
         try:
             value = float(given)
         except ValueError:

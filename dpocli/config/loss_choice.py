@@ -12,7 +12,7 @@ from dpocli.config.foreign import REFUSED_LOSSES, foreign_loss
 from dpocli.config.hyperparameters import BETA, Need, Value
 from dpocli.errors import UsageError
 
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 _TERM = re.compile(
     rf"\s*(?:(?P<weight>{_NUMBER})\s*\*)?\s*(?P<name>[A-Za-z]\w*(?:-[A-Za-z]\w*)*)\s*(?:\((?P<values>[^()]*)\))?\s*"
 )
@@ -197,7 +197,8 @@ def text_of_terms(terms: object) -> str:
             raise ValueError(f"{wrong[0]}: {term[wrong[0]]!r} is not one value")
         if "weight" in term and not re.fullmatch(_NUMBER, term["weight"]):
             raise ValueError(f"weight: {term['weight']!r} is not a number above 0")
-        texts.append(f"{term.get('weight', '1')}*{term['name']}" + (f"({inside})" if inside else ""))
+        weight = f"{term['weight']}*" if "weight" in term else ""
+        texts.append(f"{weight}{term['name']}" + (f"({inside})" if inside else ""))
     return "+".join(texts)
 
 
@@ -229,9 +230,10 @@ def _parse(text: str) -> _Parsed:
 
 def _own_values(text: str, name: str, inside: str | None) -> dict[str, Value]:
     values: dict[str, Value] = {}
-    for entry in (inside or "").split(","):
-        if not entry.strip():
-            continue
+    entries = (inside or "").split(",")
+    if not entries[-1].strip():  # nothing, or a comma at the end
+        entries.pop()
+    for entry in entries:
         key, equals, value = (part.strip() for part in entry.partition("="))
         key = key.replace("-", "_")
         if not equals or not value:
@@ -281,7 +283,8 @@ def _term(
         try:
             values[key] = parameter.parse(value)
         except ValueError as error:
-            raise UsageError(f"{_flag(key)} {value}: {error} for {name}.") from None
+            place = f"--loss {name}({key}={value})" if key in own else f"{_flag(key)} {value}"
+            raise UsageError(f"{place}: {error} for {name}.") from None
     beta = values.pop("beta", (known.beta if known else None) or spec.beta)
     numbers = spec.defaults | (dict(known.hyperparameters) if known else {}) | values
     for modifier in spec.modifiers:  # one that is off is no setting

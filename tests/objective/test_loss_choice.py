@@ -390,7 +390,8 @@ def test_a_term_in_yaml_that_cannot_be(tmp_path: Path, text: str, expected: str)
 
 def test_text_of_terms() -> None:
     terms = [{"name": "dpo", "weight": "0.8", "beta": "0.1", "ld_alpha": "0.5"}, {"name": "sft"}]
-    assert text_of_terms(terms) == "0.8*dpo(beta=0.1, ld_alpha=0.5)+1*sft"
+    assert text_of_terms(terms) == "0.8*dpo(beta=0.1, ld_alpha=0.5)+sft"
+    assert text_of_terms({"name": "mpo"}) == "mpo"
 
 
 def test_the_options_are_the_hyperparameters_of_the_catalogue() -> None:
@@ -495,15 +496,21 @@ def test_a_number_that_is_not_used_names_the_losses_that_use_it() -> None:
     ],
 )
 def test_a_value_out_of_bounds(name: str, number: str, value: str, expected: str) -> None:
-    message = f"--{number.replace('_', '-')} {value}: {expected} for {name}."
-    assert error_of(name, **{number: value}) == message
-    assert error_of(f"{name}({number}={value})") == message
-    assert error_of(f"sft(reduction=sum)+{name}({number}={value})") == message
+    flag = f"--{number.replace('_', '-')} {value}"
+    term = f"{name}({number}={value})"
+    assert error_of(name, **{number: value}) == f"{flag}: {expected} for {name}."
+    assert error_of(term) == f"--loss {term}: {expected} for {name}."
+    assert error_of(f"sft(reduction=sum)+{term}") == f"--loss {term}: {expected} for {name}."
+
+
+@pytest.mark.parametrize("value", ["1_0", "٢", "1,000", "0x10"])
+def test_what_only_python_takes_for_a_number(value: str) -> None:
+    assert error_of("dpo", beta=value) == f"--beta {value}: must be a number for dpo."
 
 
 @pytest.mark.parametrize(("value", "expected"), [("1", "must be below 1"), ("0", "must be above 0")])
 def test_the_order_of_the_alpha_divergence_is_between_its_limits(value: str, expected: str) -> None:
-    assert error_of(f"dpo(f_divergence=alpha, f_alpha={value})") == f"--f-alpha {value}: {expected} for dpo."
+    assert error_of(f"dpo(f_divergence=alpha, f_alpha={value})") == f"--loss dpo(f_alpha={value}): {expected} for dpo."
 
 
 @pytest.mark.parametrize("text", ["dpo(f_alpha=0.3)", "dpo(f_divergence=js, f_alpha=0.3)"])
