@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,6 +93,10 @@ class CacheWriter:
                 f"The reference cache {self.directory} holds {foreign[0].name}, which is no part of it "
                 f"({len(self.tiles)} parts of {self.total_rows:,} rows). Remove that file, or choose another --out."
             )
+
+    def inform(self, information: Mapping[str, Any]) -> None:
+        """Sets the information that the parts written from now on carry; it is never compared."""
+        self.fingerprint = replace(self.fingerprint, information=information)
 
     def missing(self, index: int = 0, count: int = 1) -> list[Tile]:
         """The tiles that worker `index` of `count` has to make: those without a part, or with a damaged one.

@@ -13,6 +13,7 @@ from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.config.loss_choice import LossChoice, named
 from dpocli.config.models import EvaluateOptions
+from dpocli.engine.exactness import sample, settle
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
     Provenance,
@@ -25,6 +26,7 @@ from dpocli.engine.model import (
 )
 from dpocli.engine.passes import PairView, my_passes, score, token_budget
 from dpocli.engine.stop import StopFlag
+from dpocli.engine.throughput import Throughput
 from dpocli.errors import NumericsError, PreemptedError
 from dpocli.objective.logps import Wanted, pair_logps
 from dpocli.objective.scoring import PairScorer
@@ -57,15 +59,20 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
         model = load_model(directory, options, dtype, device)
         wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
-        scorer = PairScorer(model, collision=wanted.collision)
         budget = token_budget(options.token_budget, device)
+        scorer = PairScorer(model, collision=wanted.collision, token_budget=budget)
+
+        everything = PairView(store, np.arange(len(store)))
+        tried = sample(scorer, everything.lengths, 0, everything.load)
+        settle(scorer, tried, options.scoring, processes, terminal.say)
+        throughput = Throughput(scorer)
 
         def go_on() -> None:
             if processes.any(bool(stop) or out.stop_requested()):
                 raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
 
-        with terminal.progress(len(store), "evaluate") as progress:
-            parts = list(_scored(scorer, wanted, store, budget, processes, progress, go_on))
+        with terminal.progress(len(store), "evaluate") as progress, throughput.clock():
+            parts = list(_scored(scorer, wanted, store, processes, progress, go_on))
         scored = ScoredPairs.joined(processes.gather(parts))
         _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
         table = PairTable.of(scored, by_name, {name: _states(loss, provenance) for name, loss in by_name.items()})
@@ -76,6 +83,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             "reference": str(options.reference) if options.reference else None,
             "dtype": dtype_name(dtype),
             "environment": environment(device),
+            "scoring": throughput.summary(),
         }
         if processes.is_first:
             write_report(options.out, report, table)
@@ -86,7 +94,6 @@ def _scored(
     scorer: PairScorer,
     wanted: Wanted,
     store: PairStore,
-    budget: int,
     processes: Processes,
     progress: Progress,
     go_on: Callable[[], None],
@@ -94,12 +101,12 @@ def _scored(
     """This process's pairs, in pieces."""
     for start in range(0, len(store), PAIRS_AT_ONCE):
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
-        for positions, pairs in my_passes(view, np.arange(len(view)), budget, processes):
+        for positions, pairs in my_passes(view, np.arange(len(view)), scorer.packing, processes):
             go_on()
             if not pairs:
                 continue
             with torch.no_grad():
-                batch, tokens = score(scorer, pairs, processes.device)
+                batch, tokens = score(scorer, pairs)
                 logps = pair_logps(tokens, batch, pairs, wanted)
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
             yield ScoredPairs.of(start + positions, pairs, logps, wanted)

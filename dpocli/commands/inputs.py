@@ -11,7 +11,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
-from dpocli.commands.tiles import TileEncoder, judge_skips
+from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
 from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
@@ -125,7 +125,12 @@ def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str |
     words = ["dpocli", "precompute"]
     for option in options_of(PrecomputeOptions):
         value = "reference/" if option.field == "out" else values.get(option.field)
-        if option.field not in options.model_fields_set or option.field in ("as_json", "scratch", "token_budget"):
+        if option.field not in options.model_fields_set or option.field in (
+            "as_json",
+            "scratch",
+            "scoring",
+            "token_budget",
+        ):
             continue
         if option.is_switch:
             words += [option.flags[0 if value else 1]]
@@ -171,8 +176,9 @@ def _encoded(
     writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, say=terminal.warn)
     writer.check()
     tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
-    for tile in writer.missing(processes.rank, processes.count):
-        writer.write(tile, *tiles.encode(tile))
+    with writing_behind(writer) as parts:
+        for encoded in tiles.encode(writer.missing(processes.rank, processes.count)):
+            parts.write(*encoded)
     processes.wait()
     store = PairStore.open(directory)
     judge_skips(store.skipped, store.num_rows, options.max_skipped)

@@ -1,12 +1,13 @@
 """`dpocli precompute`: the frozen reference scores every pair, once."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -15,11 +16,13 @@ from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands.tiles import TileEncoder, judge_skips
+from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
+from dpocli.data.preference import EncodedPair
 from dpocli.data.sources import Rows, open_rows
-from dpocli.engine.mesh import launched, pick_device
+from dpocli.engine.exactness import sample, settle, window_of
+from dpocli.engine.mesh import Processes, launched, pick_device
 from dpocli.engine.model import (
     dtype_name,
     environment,
@@ -30,8 +33,10 @@ from dpocli.engine.model import (
 )
 from dpocli.engine.passes import reference_logps, token_budget
 from dpocli.engine.stop import StopFlag
+from dpocli.engine.throughput import Throughput
 from dpocli.errors import PreemptedError
 from dpocli.objective.scoring import PairScorer
+from dpocli.progress import Progress
 from dpocli.terminal import Printer, Terminal
 
 ROWS_THAT_DECIDE_TYPES = 1024
@@ -60,27 +65,60 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
         budget = token_budget(options.token_budget, device)
 
         @cache
-        def scorer() -> PairScorer:
+        def reference() -> Reference:
             """Loaded when the first tile needs it: a cache that is complete costs no model."""
-            return PairScorer(load_model(model_directory, options, dtype, device))
+            model = load_model(model_directory, options, dtype, device)
+            return Reference(PairScorer(model, token_budget=budget), options, writer, terminal)
 
         def go_on() -> None:
             """The open tile is thrown away: what counts is that the node is left in time."""
             if stop or out.stop_requested():
                 raise PreemptedError(_stopped(writer))
 
-        with terminal.progress(sum(tile.num_rows for tile in missing), "precompute") as progress:
-            for tile in missing:
+        with (
+            terminal.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
+            writing_behind(writer) as parts,
+        ):
+            for tile, pairs, skipped in tiles.encode(missing):
                 go_on()
-                pairs, skipped = tiles.encode(tile)
-                if pairs:
-                    pairs = reference_logps(scorer(), pairs, budget, device, progress, go_on)
-                writer.write(tile, pairs, skipped)
+                scored = reference().score(pairs, progress, go_on) if pairs else []
+                parts.write(tile, scored, skipped)
                 progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles)
+        if reference.cache_info().currsize:
+            summary["scoring"] = reference().throughput.summary()
         judge_skips(Counter(summary["skipped"]), rows.num_rows, options.max_skipped)
         out.write_summary(summary)
         terminal.result(summary, lambda printer: _render(printer, summary))
+
+
+class Reference:
+    """The frozen model, laid out the fastest way that is exact for it."""
+
+    def __init__(self, scorer: PairScorer, options: PrecomputeOptions, writer: CacheWriter, terminal: Terminal) -> None:
+        self.throughput = Throughput(scorer)
+        self._scorer, self._options, self._writer, self._terminal = scorer, options, writer, terminal
+        self._longest_tried = 0
+
+    def score(
+        self, pairs: Sequence[EncodedPair], progress: Progress, go_on: Callable[[], None]
+    ) -> Sequence[EncodedPair]:
+        """The pairs of a tile with their log-probs."""
+        self._settle(pairs)
+        with self.throughput.clock():
+            return reference_logps(self._scorer, pairs, progress, go_on)
+
+    def _settle(self, pairs: Sequence[EncodedPair]) -> None:
+        """Once; and again where pairs come that are the first to be longer than what the model looks back over."""
+        lengths = np.array([pair.num_tokens_longer for pair in pairs])
+        longest, window = int(lengths.max()), window_of(self._scorer)
+        if self._longest_tried and not (window and self._longest_tried <= window < longest):
+            return
+        alone = Processes(0, 1, self._scorer.model.device)
+        tried = sample(self._scorer, lengths, 0, lambda positions: [pairs[index] for index in positions])
+        settle(self._scorer, tried, self._options.scoring, alone, self._terminal.say)
+        self._longest_tried = longest
+        self._writer.inform(environment(self._scorer.model.device, self._scorer))
 
 
 def _open_cache(

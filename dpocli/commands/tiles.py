@@ -2,15 +2,20 @@
 data without one."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 from dpocli.artifacts.cache_format import Tile
+from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.config.models import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.data.sources import Rows
 from dpocli.errors import DataError
 from dpocli.terminal import Terminal
+
+Encoded = tuple[Tile, list[EncodedPair], list[Skipped]]
 
 
 class TileEncoder:
@@ -24,24 +29,61 @@ class TileEncoder:
         self._told: set[str] = set()
         self._skipped: Counter[str] = Counter()
 
-    def encode(self, tile: Tile) -> tuple[list[EncodedPair], list[Skipped]]:
-        """The pairs of a tile and the rows that gave none.
+    def encode(self, tiles: Sequence[Tile]) -> Iterator[Encoded]:
+        """The pairs of each tile, and the rows that gave none; the next tile is encoded while one is in use.
 
         Raises:
             DataError: a row cannot be read, or more rows than `--max-skipped` allows are certain to be skipped.
         """
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as ahead:
+            upcoming = [ahead.submit(self._encode, tile) for tile in tiles[:1]]
+            for index in range(len(tiles)):
+                encoded, notices = upcoming.pop().result()
+                upcoming += [ahead.submit(self._encode, tile) for tile in tiles[index + 1 : index + 2]]
+                self._tell(notices)
+                _, _, skipped = encoded
+                self._skipped.update(str(row.reason) for row in skipped)
+                judge_skips(self._skipped, self.rows.num_rows, self.options.max_skipped, skipped)
+                yield encoded
+
+    def _encode(self, tile: Tile) -> tuple[Encoded, list[str]]:
         results = list(encode_rows(self.rows, self.encoder, self.options, tile.start, tile.stop))
         pairs = [result for result in results if isinstance(result, EncodedPair)]
         skipped = [result for result in results if isinstance(result, Skipped)]
-        self._tell_notices()
-        self._skipped.update(str(row.reason) for row in skipped)
-        judge_skips(self._skipped, self.rows.num_rows, self.options.max_skipped, skipped)
-        return pairs, skipped
+        return (tile, pairs, skipped), list(self.encoder.notices)
 
-    def _tell_notices(self) -> None:
-        for notice in self.encoder.notices.keys() - self._told:
-            self.terminal.warn(notice)
-            self._told.add(notice)
+    def _tell(self, notices: Sequence[str]) -> None:
+        for notice in notices:
+            if notice not in self._told:
+                self.terminal.warn(notice)
+                self._told.add(notice)
+
+
+class PartsBehind:
+    """Writes parts in the background, one at a time, while the next tile is scored. Made by `writing_behind`."""
+
+    def __init__(self, writer: CacheWriter, pool: ThreadPoolExecutor) -> None:
+        self._writer, self._pool = writer, pool
+        self._last: Future[None] | None = None
+
+    def write(self, tile: Tile, pairs: Sequence[EncodedPair], skipped: Sequence[Skipped]) -> None:
+        """Returns at once. Errors are those of `CacheWriter.write`, of the part before."""
+        self.wait()
+        self._last = self._pool.submit(self._writer.write, tile, pairs, skipped)
+
+    def wait(self) -> None:
+        """Until everything that was given is on the disk."""
+        if self._last:
+            self._last.result()
+
+
+@contextmanager
+def writing_behind(writer: CacheWriter) -> Iterator[PartsBehind]:
+    """At the end everything is on the disk, or an error says what is not."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="write") as pool:
+        parts = PartsBehind(writer, pool)
+        yield parts
+        parts.wait()
 
 
 def judge_skips(skipped: Counter[str], num_rows: int, max_skipped: float, examples: Sequence[Skipped] = ()) -> None:

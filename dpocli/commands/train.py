@@ -20,6 +20,7 @@ from dpocli.config.hyperparameters import Need
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import step0
+from dpocli.engine.exactness import sample, settle
 from dpocli.engine.loop import run_steps
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import (
@@ -66,9 +67,10 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         check_weights(loss, [view for view in (training, held_out) if view])
         dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
-        budget = token_budget(options.token_budget, device)
         policy = _load_policy(options, loss, model_directory, dtype, processes)
-        describe(terminal, options, loss, policy, training, held_out, schedule, dtype, budget)
+        tried = sample(policy.scorer, training.lengths, options.seed, training.load)
+        settle(policy.scorer, tried, options.scoring, processes, terminal.say, policy.gradient_of)
+        describe(terminal, options, loss, policy, training, held_out, schedule, dtype)
         trainer = Trainer(
             policy,
             adamw(policy, options),
@@ -77,7 +79,6 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
             schedule,
             loss,
             options,
-            budget,
             processes,
         )
         stack.callback(trainer.close)
@@ -85,7 +86,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         if done:
             terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
         elif store.has_reference:
-            _check_step0(options, policy, training, model_directory, dtype, budget, processes, terminal)
+            _check_step0(options, policy, training, model_directory, dtype, processes, terminal)
         trackers = stack.enter_context(Trackers(options, done + 1, enabled=processes.is_first))
         # Only now: a start that was refused may be mended with other settings in the same directory.
         out.write_config(options)
@@ -122,7 +123,12 @@ def _load_policy(
 ) -> Policy:
     # Master weights are float32; the policy's forward pass is in `dtype`.
     model = load_model(model_directory, options, torch.float32, processes.device)
-    scorer = PairScorer(model, collision=Need.COLLISION in loss.needs, router_loss=options.router_aux_loss_coef > 0)
+    scorer = PairScorer(
+        model,
+        collision=Need.COLLISION in loss.needs,
+        router_loss=options.router_aux_loss_coef > 0,
+        token_budget=token_budget(options.token_budget, processes.device),
+    )
     return Policy(scorer, options, dtype, processes)
 
 
@@ -142,14 +148,13 @@ def _check_step0(
     training: PairView,
     model_directory: Path,
     dtype: torch.dtype,
-    budget: int,
     processes: Processes,
     terminal: Terminal,
 ) -> None:
     """Binding where the policy starts as the reference; else the difference is information."""
     tolerance = options.step0_tolerance or step0.TOLERANCE[dtype]
     with policy.at_rest():
-        found = step0.measure(policy.scorer, training, options.seed, budget, tolerance, processes)
+        found = step0.measure(policy.scorer, training, options.seed, tolerance, processes)
     if not np.isfinite(found.mean):
         raise NumericsError(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
@@ -163,7 +168,7 @@ def _check_step0(
     if not found.holds:
         differing = [
             *config_differences(reference, model_directory),
-            *information_differences(reference, environment(processes.device)),
+            *information_differences(reference, environment(processes.device, policy.scorer)),
         ]
         raise NumericsError(
             f"Step-0 check: the policy has the reference's weights but not its log-probs: {found}. Differs from when "
@@ -202,6 +207,7 @@ def _finish(
         "metrics": {key: value for row in rows for key, value in row.items()},
         "untrained": {key: value for key, value in (rows[0] if rows else {}).items() if key.startswith("eval/")},
         "environment": environment(policy.processes.device),
+        "scoring": trainer.throughput.summary(),
     }
     if policy.processes.is_first:
         dtype = getattr(torch, options.save_dtype) if options.save_dtype else source_dtype(model_directory, options)

@@ -54,6 +54,12 @@ class Options(BaseModel):
         False, Panel.RUN, "print the result as one JSON object on stdout and nothing else", alias="json"
     )
     device: Literal["auto", "cpu", "cuda"] = _option("auto", Panel.RUN, "where to compute (auto: CUDA if there is one)")
+    scoring: Literal["auto", "shared", "packed", "padded"] = _option(
+        "auto",
+        Panel.RUN,
+        "how pairs stand in rows: prompts once, several pairs a row, or padded; speed, never values (auto: the fastest that "
+        "is exact for the model)",
+    )
     token_budget: int | None = _option(
         None,
         Panel.RUN,

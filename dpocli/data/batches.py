@@ -3,21 +3,74 @@
 Batches are a matter of speed, never of meaning: nothing here may change a value beyond its last digits.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 
+DEFAULT_TOKEN_BUDGET = 4096
 Lengths = tuple[int, ...]
+TokenCounts = NDArray[np.int64]
+
+
+class Layout(StrEnum):
+    """How pairs stand in the rows that go through the model. The first is the fastest, the last the simplest."""
+
+    SHARED = "shared"
+    """One row: each prompt once, then both sides, of pair after pair."""
+    PACKED = "packed"
+    """One row: prompt + chosen, then prompt + rejected, of pair after pair."""
+    PADDED = "padded"
+    """Two rows a pair, padded on the right to the longest."""
+
+    @property
+    def pads(self) -> bool:
+        return self is Layout.PADDED
+
+    @overload
+    def size(self, prompt: int, chosen: int, rejected: int) -> int: ...
+    @overload
+    def size(self, prompt: TokenCounts, chosen: TokenCounts, rejected: TokenCounts) -> TokenCounts: ...
+    def size(
+        self, prompt: int | TokenCounts, chosen: int | TokenCounts, rejected: int | TokenCounts
+    ) -> int | TokenCounts:
+        """Tokens that a pair takes, from the tokens of its parts: numbers, or arrays of shape (pairs,)."""
+        match self:
+            case Layout.SHARED:
+                return prompt + chosen + rejected
+            case Layout.PACKED:
+                return 2 * prompt + chosen + rejected
+            case Layout.PADDED:
+                longer = chosen * (chosen >= rejected) + rejected * (chosen < rejected)
+                return 2 * (prompt + longer)
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How pairs are put together for one forward pass: speed and memory, never values."""
+
+    layout: Layout
+    token_budget: int
+    """Tokens of a pass, padding included."""
+
+    def fixed_width(self, tokens: int) -> int:
+        """The width of a row for so many tokens, where few different ones are wanted: the budget, a half, a quarter or an
+        eighth of it, or a multiple."""
+        widths = [self.token_budget // part for part in (8, 4, 2, 1)]
+        return next((width for width in widths if width >= tokens), -(-tokens // widths[-1]) * widths[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """Several pairs, ragged: each field holds the tokens of all pairs one after the other, without padding.
+    """Several pairs on the CPU, ragged: each field holds the tokens of all pairs one after the other, without padding.
 
     How they are laid out for the model (padded, packed, prompts shared) is the scorer's business.
     """
@@ -50,10 +103,11 @@ class PairBatch:
             rejected_lengths=tuple(len(pair.rejected_ids) for pair in pairs),
         )
 
-    def to(self, device: torch.device) -> "PairBatch":
-        """The same batch on `device`; lengths stay on the host, where layouts are planned."""
-        names = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_mask", "rejected_mask")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+    @property
+    def longer_lengths(self) -> list[int]:
+        """Tokens of prompt + the longer side of each pair."""
+        lengths = zip(self.prompt_lengths, self.chosen_lengths, self.rejected_lengths, strict=True)
+        return [prompt + max(sides) for prompt, *sides in lengths]
 
     def largest_id(self) -> int:
         """Of all tokens; cheap on the CPU, a synchronisation elsewhere."""
@@ -78,49 +132,74 @@ def _joined_masks(sides: Sequence[tuple[TokenIds, TokenMask | None]]) -> Tensor:
     )
 
 
-def pack(pair_lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Cuts pairs into micro-batches whose padded size stays within a budget.
+def pack(sizes: Sequence[int], packing: Packing) -> list[list[int]]:
+    """Cuts pairs into micro-batches that stay within a budget.
 
     Args:
-        pair_lengths: per pair, tokens of prompt + the longer side.
-        token_budget: padded tokens (two rows a pair) of one micro-batch; a pair beyond it goes alone.
+        sizes: per pair, `Layout.size`.
+        packing: the layout and the budget; a pair beyond it goes alone.
 
     Returns:
-        Micro-batches of indices into `pair_lengths`, longest first, so that a shortage of memory shows at once.
+        Micro-batches of indices into `sizes`, longest pairs first, so that a shortage of memory shows at once.
     """
-    by_length = sorted(range(len(pair_lengths)), key=lambda index: (-pair_lengths[index], index))
+    by_size = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
+    fill = _fill_padded if packing.layout.pads else _fill_rows
+    return fill(by_size, sizes, packing.token_budget)
+
+
+def _fill_padded(by_size: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Neighbours in size go together: every pair of a micro-batch takes as much as its largest."""
     micro_batches: list[list[int]] = []
-    longest = 0
-    for index in by_length:
-        if micro_batches and 2 * longest * (len(micro_batches[-1]) + 1) <= token_budget:
+    largest = 0
+    for index in by_size:
+        if micro_batches and largest * (len(micro_batches[-1]) + 1) <= token_budget:
             micro_batches[-1].append(index)
         else:
             micro_batches.append([index])
-            longest = pair_lengths[index]
+            largest = sizes[index]
     return micro_batches
 
 
-def deal(pair_lengths: Sequence[int], ranks: int, token_budget: int) -> list[list[list[int]]]:
+def _fill_rows(by_size: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Best fit: each pair goes into the fullest row that still has room for it."""
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []
+    """(room left, which row), in order."""
+    for index in by_size:
+        place = bisect_left(rooms, (sizes[index], -1))
+        if place < len(rooms):
+            room, row = rooms.pop(place)
+            rows[row].append(index)
+        else:
+            room, row = token_budget, len(rows)
+            rows.append([index])
+        insort(rooms, (room - sizes[index], row))
+    return rows
+
+
+def deal(sizes: Sequence[int], ranks: int, packing: Packing) -> list[list[list[int]]]:
     """Spreads the pairs of one global batch over ranks, each with the same number of micro-batches.
 
-    Every rank computes the whole plan from the lengths alone, so no communication is needed to agree on it. Pairs are
-    dealt to and fro in order of length, which balances the ranks; a rank with too few micro-batches splits its own,
+    Every rank computes the whole plan from the sizes alone, so no communication is needed to agree on it. Pairs are
+    dealt to and fro in order of size, which balances the ranks; a rank with too few micro-batches splits its own,
     and one with too few pairs gets empty ones (it must still take part in the collectives of each pass).
 
+    Args:
+        sizes: as for `pack`.
+        ranks: how many there are.
+        packing: as for `pack`, on each rank.
+
     Returns:
-        Per rank, the micro-batches of indices into `pair_lengths`.
+        Per rank, the micro-batches of indices into `sizes`.
     """
-    by_length = sorted(range(len(pair_lengths)), key=lambda index: (-pair_lengths[index], index))
+    by_size = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     hands: list[list[int]] = [[] for _ in range(ranks)]
-    for turn in range(0, len(by_length), ranks):
-        round_ = by_length[turn : turn + ranks]
+    for turn in range(0, len(by_size), ranks):
+        round_ = by_size[turn : turn + ranks]
         order = range(ranks) if (turn // ranks) % 2 == 0 else range(ranks - 1, -1, -1)
         for rank, index in zip(order, round_, strict=False):
             hands[rank].append(index)
-    plans = [
-        [[hand[i] for i in batch] for batch in pack([pair_lengths[index] for index in hand], token_budget)]
-        for hand in hands
-    ]
+    plans = [[[hand[i] for i in batch] for batch in pack([sizes[index] for index in hand], packing)] for hand in hands]
     passes = max(len(plan) for plan in plans)
     for plan in plans:
         while len(plan) < passes:

@@ -101,7 +101,7 @@ class Gradients:
         entropy = [self.seed, step.number, self.processes.rank, index]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
         _, pairs = step.passes[index]
-        batch, tokens = score(self.policy.scorer, pairs or [FILLER], self.processes.device)
+        batch, tokens = score(self.policy.scorer, pairs or [FILLER])
         return tokens, pair_logps(tokens, batch, pairs, self.wanted) if pairs else None
 
     def _backward(self, loss: Tensor | None, tokens: TokenLogps, weight: Tensor) -> None:

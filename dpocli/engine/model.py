@@ -27,6 +27,7 @@ from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import ModelOptions
 from dpocli.errors import UsageError
+from dpocli.objective.scoring import PairScorer
 
 # One voice on stderr: the bars and the chatter of the library would stand between our own lines.
 transformers_logging.disable_progress_bar()
@@ -238,8 +239,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware: information beside values, never a reason to refuse them."""
+def environment(device: torch.device, scorer: PairScorer | None = None) -> dict[str, str]:
+    """Versions, hardware and way of scoring: information beside values, never a reason to refuse them."""
     import transformers
 
     return {
@@ -248,7 +249,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-    }
+    } | (scorer.way if scorer else {})
 
 
 def _in_words(error: Exception) -> str:

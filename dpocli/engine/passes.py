@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.data.batches import PairBatch, deal, pack
+from dpocli.data.batches import Layout, Packing, PairBatch, deal, pack
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.engine.mesh import Processes
 from dpocli.errors import UsageError
@@ -42,14 +42,17 @@ class PairView:
         """Tokens of prompt + the longer side, shape (pairs,)."""
         return self.store.pair_lengths[self.members]
 
+    def sizes(self, layout: Layout) -> NDArray[np.int64]:
+        """Tokens that each pair takes in a layout, shape (pairs,)."""
+        columns = self.store.columns
+        parts = (columns.prompt_tokens, columns.chosen_tokens, columns.rejected_tokens)
+        prompt, chosen, rejected = (counts[self.members].astype(np.int64) for counts in parts)
+        return layout.size(prompt, chosen, rejected)
+
     @property
     def num_tokens(self) -> NDArray[np.int64]:
         """Distinct tokens of each pair, shape (pairs,)."""
-        columns = self.store.columns
-        tokens: NDArray[np.int64] = (
-            columns.prompt_tokens.astype(np.int64) + columns.chosen_tokens + columns.rejected_tokens
-        )
-        return tokens[self.members]
+        return self.sizes(Layout.SHARED)
 
     @property
     def weights(self) -> NDArray[np.float64]:
@@ -64,8 +67,6 @@ class PairView:
 def reference_logps(
     scorer: PairScorer,
     pairs: Sequence[EncodedPair],
-    budget: int,
-    device: torch.device,
     progress: Progress,
     go_on: Callable[[], None],
 ) -> list[EncodedPair]:
@@ -73,36 +74,41 @@ def reference_logps(
 
     `go_on` is called before each forward pass, and may raise to stop.
     """
-    scored: list[EncodedPair] = list(pairs)
-    for members in pack([pair.num_tokens_longer for pair in pairs], budget):
+    sizes = [scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs]
+    passes: list[tuple[list[int], PairBatch, TokenLogps]] = []
+    for members in pack(sizes, scorer.packing):
         go_on()
         with torch.no_grad():
-            batch, tokens = score(scorer, [pairs[index] for index in members], device)
+            batch, tokens = score(scorer, [pairs[index] for index in members])
+        passes.append((members, batch, tokens))
+        progress.update(pairs=len(members), tokens=batch.num_tokens)
+    scored: list[EncodedPair] = list(pairs)
+    # Fetched at the end, so that no pass waits for the one before it to leave the accelerator.
+    for members, batch, tokens in passes:
         chosen = np.split(tokens.chosen.cpu().numpy(), np.cumsum(batch.chosen_lengths)[:-1])
         rejected = np.split(tokens.rejected.cpu().numpy(), np.cumsum(batch.rejected_lengths)[:-1])
         for index, logps in zip(members, map(ReferenceLogps, chosen, rejected), strict=True):
             scored[index] = replace(pairs[index], reference=logps)
-        progress.update(pairs=len(members), tokens=batch.num_tokens)
     return scored
 
 
 def token_budget(given: int | None, device: torch.device) -> int:
-    """Padded tokens per forward pass."""
+    """Tokens per forward pass, padding included."""
     return given or DEFAULT_TOKEN_BUDGET[device.type]
 
 
 def my_passes(
-    view: PairView, positions: NDArray[np.int64], budget: int, processes: Processes
+    view: PairView, positions: NDArray[np.int64], packing: Packing, processes: Processes
 ) -> Iterator[tuple[NDArray[np.int64], list[EncodedPair]]]:
     """This process's micro-batches of `positions`, loaded. Empty ones are there to keep all processes in step."""
-    lengths = view.lengths[positions].tolist()
-    for members in deal(lengths, processes.count, budget)[processes.rank]:
+    sizes = view.sizes(packing.layout)[positions].tolist()
+    for members in deal(sizes, processes.count, packing)[processes.rank]:
         mine = positions[members]
         yield mine, view.load(mine) if members else []
 
 
-def score(scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device) -> tuple[PairBatch, TokenLogps]:
-    """The scorer's output for `pairs`, and the batch that it belongs to.
+def score(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, TokenLogps]:
+    """The scorer's output for `pairs`, on its device, and the batch that it belongs to, on the CPU.
 
     Raises:
         UsageError: a token has no row in the model's embeddings, or a position none in its table of positions (on a GPU
@@ -115,7 +121,6 @@ def score(scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device
             f"--model: it has embeddings for {scorer.num_embeddings:,} token ids, and the pairs hold the id {largest:,}: the "
             "tokenizer beside it has more tokens than the model. Resize the embeddings and save the model again."
         )
-    batch = batch.to(device)
     return batch, scorer(batch)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
-from dpocli.data.batches import deal
+from dpocli.data.batches import Packing, deal
 from dpocli.engine.model import dtype_name
 from dpocli.engine.passes import PairView
 from dpocli.engine.policy import Policy
@@ -25,10 +25,10 @@ def describe(
     held_out: PairView | None,
     schedule: Schedule,
     dtype: torch.dtype,
-    budget: int,
 ) -> None:
     """Prints pairs, tokens, steps, micro-batches, parameters, expected memory and the loss."""
-    passes = _passes_per_step(training, schedule, policy.processes.count, budget)
+    packing = policy.scorer.packing
+    passes = _passes_per_step(training, schedule, policy.processes.count, packing)
     lengths = training.num_tokens
     count = policy.processes.count
     rows: list[list[object]] = [
@@ -40,12 +40,15 @@ def describe(
             f"{schedule.num_steps:,} of {schedule.batch_size} pairs "
             f"({schedule.num_steps / schedule.steps_per_epoch:.3g} epochs)",
         ],
-        ["micro-batches", f"{passes:.1f} a step and process, of at most {budget:,} padded tokens"],
+        [
+            "micro-batches",
+            f"{passes:.1f} a step and process, of at most {packing.token_budget:,} tokens, {packing.layout}",
+        ],
         ["learning rate", f"{options.learning_rate:g}, {options.lr_schedule}, warm-up {options.warmup_ratio:g}"],
         ["parameters", f"{policy.num_parameters():,} trainable, computing in {dtype_name(dtype)}"],
         [
             "memory",
-            f"about {_expected_bytes(policy, dtype, budget, options) / 2**30:.1f} GiB on each of {count} process(es)",
+            f"about {_expected_bytes(policy, dtype, options) / 2**30:.1f} GiB on each of {count} process(es)",
         ],
     ]
     if loss.is_whole_batch:
@@ -64,14 +67,15 @@ def describe(
         )
 
 
-def _passes_per_step(view: PairView, schedule: Schedule, count: int, budget: int) -> float:
+def _passes_per_step(view: PairView, schedule: Schedule, count: int, packing: Packing) -> float:
     """Mean over a sample of the steps."""
     sample = np.unique(np.linspace(1, schedule.num_steps, num=min(8, schedule.num_steps), dtype=np.int64))
-    passes = [len(deal(view.lengths[schedule.batch(int(step))].tolist(), count, budget)[0]) for step in sample]
+    sizes = view.sizes(packing.layout)
+    passes = [len(deal(sizes[schedule.batch(int(step))].tolist(), count, packing)[0]) for step in sample]
     return float(np.mean(passes))
 
 
-def _expected_bytes(policy: Policy, dtype: torch.dtype, budget: int, options: TrainOptions) -> float:
+def _expected_bytes(policy: Policy, dtype: torch.dtype, options: TrainOptions) -> float:
     """A rule of thumb: what every parameter carries, and what a micro-batch leaves behind for the backward pass."""
     config = policy.scorer.model.config.get_text_config()
     compute_copy = dtype.itemsize
@@ -79,5 +83,5 @@ def _expected_bytes(policy: Policy, dtype: torch.dtype, budget: int, options: Tr
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     kept = hidden if options.gradient_checkpointing else 8 * hidden + 4 * inner
-    activations = float(budget * layers * kept * dtype.itemsize)
+    activations = float(policy.scorer.packing.token_budget * layers * kept * dtype.itemsize)
     return parameters + activations

@@ -36,6 +36,7 @@ class Policy:
             )
             enable({"use_reentrant": False})
         self.scorer = scorer
+        scorer.compute_dtype = dtype
         saved = scorer.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
         """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
@@ -68,6 +69,18 @@ class Policy:
                 yield
         finally:
             self.scorer.train()
+
+    def gradient_of(self, loss: Tensor) -> Tensor:
+        """Back-propagates `loss` and gives the gradient of this process's part of the first and last layer, flat. All
+        gradients are gone afterwards."""
+        self.reduce_gradients_on_backward(True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        layers = decoder_layers(self.scorer)
+        found = [parameter.grad for layer in (layers[0], layers[-1]) for parameter in layer.parameters()]
+        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found if grad is not None]
+        flat = torch.cat([grad.detach().float().flatten() for grad in local]).cpu()
+        self.scorer.zero_grad()
+        return flat
 
     def weights(self) -> dict[str, Tensor]:
         """Full float32 tensors on the CPU: all of them on the first process, none on the others, which help."""

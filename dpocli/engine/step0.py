@@ -43,9 +43,7 @@ class Step0:
         )
 
 
-def measure(
-    scorer: PairScorer, view: PairView, seed: int, budget: int, tolerance: float, processes: Processes
-) -> Step0:
+def measure(scorer: PairScorer, view: PairView, seed: int, tolerance: float, processes: Processes) -> Step0:
     """Scores 32 pairs drawn by the seed and the 4 longest with the live model, beside their cached values.
 
     The model is taken as it is: the caller sees to it that no dropout is on.
@@ -53,8 +51,8 @@ def measure(
     positions = chosen_positions(view, seed)
     per_pair: list[tuple[int, float, float, int]] = []
     with torch.no_grad():
-        for _, pairs in my_passes(view, positions, budget, processes):
-            batch, tokens = score(scorer, pairs or [FILLER], processes.device)
+        for _, pairs in my_passes(view, positions, scorer.packing, processes):
+            batch, tokens = score(scorer, pairs or [FILLER])
             chosen, rejected = tokens.chosen.cpu().numpy(), tokens.rejected.cpu().numpy()
             ends = zip(np.cumsum(batch.chosen_lengths), np.cumsum(batch.rejected_lengths), strict=True)
             for pair, (chosen_end, rejected_end) in zip(pairs, ends, strict=False):

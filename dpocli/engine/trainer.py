@@ -19,6 +19,7 @@ from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import FILLER, PairView, my_passes, score
 from dpocli.engine.policy import Policy
 from dpocli.engine.schedule import Schedule
+from dpocli.engine.throughput import Throughput
 from dpocli.errors import NumericsError, UsageError
 from dpocli.objective import losses
 from dpocli.objective.logps import Wanted, pair_logps
@@ -47,7 +48,6 @@ class Trainer:
         schedule: Schedule,
         loss: LossChoice,
         options: TrainOptions,
-        budget: int,
         processes: Processes,
     ) -> None:
         self.policy = policy
@@ -59,10 +59,10 @@ class Trainer:
         self.loss_states: losses.States = {}
         """What losses with a memory remember of the steps so far."""
         self.options = options
-        self.budget = budget
         self.processes = processes
         wanted = Wanted.by(loss.needs, has_reference=view.store.has_reference)
         self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
+        self.throughput = Throughput(policy.scorer, backward=True)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[list[Pass]]] = {}
 
@@ -75,9 +75,11 @@ class Trainer:
         positions = self.schedule.batch(step)
         batch = GlobalBatch(positions, self._gradients.wanted, self.processes)
         weights = self._weights(self.view, positions)
-        logps, states = self._gradients.accumulate(Step(step, self._passes(step), batch, weights), self.loss_states)
-        output = losses.compute(self.loss, logps, states)
-        metrics = pair_metrics(output, logps, weights)
+        passes = self._passes(step)
+        with self.throughput.clock():
+            logps, states = self._gradients.accumulate(Step(step, passes, batch, weights), self.loss_states)
+            output = losses.compute(self.loss, logps, states)
+            metrics = pair_metrics(output, logps, weights)
         if not np.isfinite(metrics["loss"]):
             raise self._not_finite(step, positions, output.losses)
         metrics |= self._update(step)
@@ -94,10 +96,10 @@ class Trainer:
         wanted = Wanted.by(self.loss.needs, has_reference=view.store.has_reference)
         batch = GlobalBatch(positions, wanted, self.processes)
         with self.policy.at_rest():
-            for mine, pairs in my_passes(view, positions, self.budget, self.processes):
+            for mine, pairs in my_passes(view, positions, self.policy.scorer.packing, self.processes):
                 if interrupted():
                     return None
-                tokens_of, tokens = score(self.policy.scorer, pairs or [FILLER], self.processes.device)
+                tokens_of, tokens = score(self.policy.scorer, pairs or [FILLER])
                 if pairs:
                     batch.put(mine, pair_logps(tokens, tokens_of, pairs, wanted))
         logps = batch.everywhere()
@@ -147,7 +149,8 @@ class Trainer:
         """This process's micro-batches of a step; those of the next are read meanwhile."""
 
         def read(wanted: int) -> list[Pass]:
-            return list(my_passes(self.view, self.schedule.batch(wanted), self.budget, self.processes))
+            packing = self.policy.scorer.packing
+            return list(my_passes(self.view, self.schedule.batch(wanted), packing, self.processes))
 
         current = self._ahead.pop(step, None) or self._reader.submit(read, step)
         if step < self.schedule.num_steps:

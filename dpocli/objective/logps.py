@@ -117,16 +117,18 @@ def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair
 
     Args:
         tokens: the scorer's output for `batch`.
-        batch: the batch made of `pairs`.
+        batch: the batch made of `pairs`, on the CPU.
         pairs: their reference log-probs are used where they are wanted.
         wanted: the optional columns.
     """
     device = tokens.chosen.device
+    chosen_mask = batch.chosen_mask.to(device, non_blocking=True)
+    rejected_mask = batch.rejected_mask.to(device, non_blocking=True)
     chosen_tokens = torch.tensor([pair.num_chosen_tokens for pair in pairs], device=device)
     rejected_tokens = torch.tensor([pair.num_rejected_tokens for pair in pairs], device=device)
     columns = {
-        "policy_chosen": segment_sums(tokens.chosen, batch.chosen_mask, batch.chosen_lengths),
-        "policy_rejected": segment_sums(tokens.rejected, batch.rejected_mask, batch.rejected_lengths),
+        "policy_chosen": segment_sums(tokens.chosen, chosen_mask, batch.chosen_lengths),
+        "policy_rejected": segment_sums(tokens.rejected, rejected_mask, batch.rejected_lengths),
     }
     if wanted.reference:
         sums = torch.tensor([pair.reference_sums for pair in pairs], dtype=torch.float64, device=device)
@@ -135,19 +137,17 @@ def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair
         assert tokens.chosen_collision is not None
         assert tokens.rejected_collision is not None
         columns |= {
-            "policy_chosen_collision": segment_sums(tokens.chosen_collision, batch.chosen_mask, batch.chosen_lengths),
-            "policy_rejected_collision": segment_sums(
-                tokens.rejected_collision, batch.rejected_mask, batch.rejected_lengths
-            ),
+            "policy_chosen_collision": segment_sums(tokens.chosen_collision, chosen_mask, batch.chosen_lengths),
+            "policy_rejected_collision": segment_sums(tokens.rejected_collision, rejected_mask, batch.rejected_lengths),
         }
     if wanted.tails:
         shared = torch.minimum(chosen_tokens, rejected_tokens)
         sides = (
-            ("chosen", tokens.chosen, tail_mask(batch.chosen_mask, batch.chosen_lengths, shared), batch.chosen_lengths),
+            ("chosen", tokens.chosen, tail_mask(chosen_mask, batch.chosen_lengths, shared), batch.chosen_lengths),
             (
                 "rejected",
                 tokens.rejected,
-                tail_mask(batch.rejected_mask, batch.rejected_lengths, shared),
+                tail_mask(rejected_mask, batch.rejected_lengths, shared),
                 batch.rejected_lengths,
             ),
         )

@@ -1,65 +1,23 @@
 """The one path that makes log-probs, in all three commands: a module from a batch of pairs to per-token log-probs.
 
 The module holds the whole model, so that every distributed wrapper can wrap it as its root; what it takes and gives is
-ragged and free of padding, so that how the pairs are laid out inside can change without anyone noticing.
+ragged and free of padding, so that how the pairs are laid out inside can change without anyone noticing. Its faster
+layouts rest on what a model does with positions and attention, which `engine.exactness` checks before they are used.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpocli.data.batches import Lengths, PairBatch
+from dpocli.data.batches import DEFAULT_TOKEN_BUDGET, Layout, Packing, PairBatch
 from dpocli.errors import UsageError
+from dpocli.objective import attention
 from dpocli.objective.head import Head, LogitMap, token_logps
 from dpocli.objective.head_probe import HeadKind, probe_head
 from dpocli.objective.logps import TokenLogps
-
-
-@dataclass(frozen=True, slots=True)
-class _PaddedRows:
-    """Two rows a pair, prompt + chosen and prompt + rejected, padded on the right.
-
-    A token only sees what stands left of it, so padding on the right reaches nobody: no mask is needed, and without
-    one attention takes its fastest form.
-    """
-
-    input_ids: Tensor
-    """Shape (2 · pairs, longest row)."""
-    positions: Tensor
-    """Flat indices into (2 · pairs · longest row) of the states that predict the chosen, then the rejected tokens."""
-    is_token: Tensor
-    """Shape (2 · pairs, longest row), bool: what is no padding."""
-    lengths: tuple[int, ...]
-    """Tokens of each row."""
-
-    @classmethod
-    def of(cls, batch: PairBatch) -> "_PaddedRows":
-        device = batch.prompt_ids.device
-        prompts = torch.split(batch.prompt_ids, list(batch.prompt_lengths))
-        sides = [
-            *torch.split(batch.chosen_ids, list(batch.chosen_lengths)),
-            *torch.split(batch.rejected_ids, list(batch.rejected_lengths)),
-        ]
-        rows = [torch.cat(parts) for parts in zip(prompts * 2, sides, strict=True)]
-        # Any id pads: nothing looks at it.
-        input_ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=0)
-        lengths = tuple(len(row) for row in rows)
-        columns = torch.arange(input_ids.shape[1], device=device)
-        positions = _predicting_positions(
-            batch.prompt_lengths * 2, batch.chosen_lengths + batch.rejected_lengths, input_ids.shape[1]
-        )
-        return cls(input_ids, positions.to(device), columns < torch.tensor(lengths, device=device)[:, None], lengths)
-
-
-def _predicting_positions(prompt_lengths: Lengths, side_lengths: Lengths, width: int) -> Tensor:
-    """Flat indices of the states one before each token of each side, row after row."""
-    spans = [
-        torch.arange(row * width + prompt - 1, row * width + prompt - 1 + side)
-        for row, (prompt, side) in enumerate(zip(prompt_lengths, side_lengths, strict=True))
-    ]
-    return torch.cat(spans)
+from dpocli.objective.rows import Rows, Tally
 
 
 def _halves(values: Tensor, split: int) -> tuple[Tensor, Tensor]:
@@ -94,9 +52,17 @@ class PairScorer(nn.Module):
         model: any model that `AutoModelForCausalLM` loads.
         collision: also give log Σ_v p(v)² per token.
         router_loss: also give the load-balancing loss of a mixture-of-experts router.
+        token_budget: tokens of a forward pass, padding included, that callers are asked to stay within.
     """
 
-    def __init__(self, model: PreTrainedModel, *, collision: bool = False, router_loss: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        collision: bool = False,
+        router_loss: bool = False,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+    ) -> None:
         super().__init__()
         self.model = model
         self.collision = collision
@@ -109,42 +75,89 @@ class PairScorer(nn.Module):
         self.rotary_limit = RotaryLimit.of(model)
         self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
 
+        self.packing = Packing(Layout.PADDED, token_budget)
+        """How callers put pairs together for a forward pass."""
+        self.uses_flex = False
+        self.tally = Tally()
+        self.compute_dtype = model.dtype
+        """Of the forward pass; a wrapper that changes it says so."""
+        self._current_row = attention.install(model)
+        self._plain_attention: str = model.config._attn_implementation
+
+    def lay_out(self, layout: Layout, *, flex: bool = False) -> None:
+        """Sets how pairs are laid out from now on; at first they are padded.
+
+        Args:
+            layout: one in which this model is known to give the values of the padded one.
+            flex: compute one-row layouts with FlexAttention.
+
+        Raises:
+            ValueError: the model does not let its attention be replaced.
+        """
+        self._attend_for(layout)
+        self.packing = replace(self.packing, layout=layout)
+        self.uses_flex = flex and not layout.pads
+
+    @property
+    def way(self) -> dict[str, str]:
+        """How pairs are scored: information, never a reason to refuse a value."""
+        attention_of_rows = "flex_attention" if self.uses_flex else "segments"
+        layout = self.packing.layout
+        return {"scoring": str(layout), "attention": self._plain_attention if layout.pads else attention_of_rows}
+
     def forward(self, batch: PairBatch) -> TokenLogps:
         """Log-probs of every token of both sides, masked ones included.
 
         Args:
-            batch: on the model's device.
+            batch: on the CPU, where it is laid out.
 
         Returns:
-            In the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected tokens,), float32, nats.
+            On the model's device, in the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected
+            tokens,), float32, nats.
         """
-        rows = _PaddedRows.of(batch)
-        targets = torch.cat([batch.chosen_ids, batch.rejected_ids])
+        rows = self._rows(batch)
+        self.tally.add(batch, rows)
+        rows = rows.to(self.model.device)
+        self._current_row.set(rows, flex=self.uses_flex)
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)
-            logps, collisions = token_logps(hidden, self._head(self.head_kind), targets, collision=self.collision)
+            logps, collisions = token_logps(hidden, self._head(self.head_kind), rows.targets, collision=self.collision)
         else:
-            logps, collisions, router_loss = self._through_own_head(rows, targets)
+            logps, collisions, router_loss = self._through_own_head(rows)
         split = len(batch.chosen_ids)
         chosen, rejected = _halves(logps, split)
         if collisions is None:
             return TokenLogps(chosen, rejected, router_loss=router_loss)
         return TokenLogps(chosen, rejected, *_halves(collisions, split), router_loss)
 
+    def _rows(self, batch: PairBatch) -> Rows:
+        layout = self.packing.layout
+        if self.rotary_limit is not None and max(batch.longer_lengths) > self.rotary_limit.tokens:
+            layout = Layout.PADDED  # in which each row can go alone
+        self._attend_for(layout)
+        rows = Rows.of(batch, layout)
+        return rows.widened(self.packing.fixed_width(rows.input_ids.shape[1])) if self.uses_flex else rows
+
+    def _attend_for(self, layout: Layout) -> None:
+        """Stays until the next forward pass, since the backward pass may compute layers again."""
+        name = self._plain_attention if layout.pads else attention.NAME
+        if self.model.config._attn_implementation != name:
+            self.model.set_attn_implementation(name)
+
     def _head(self, logit_map: LogitMap) -> Head:
         embeddings = self.model.get_output_embeddings()
         return Head(embeddings.weight, getattr(embeddings, "bias", None), logit_map)
 
-    def _hidden_states(self, rows: _PaddedRows) -> tuple[Tensor, Tensor | None]:
+    def _hidden_states(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
         """States that predict the sides' tokens, shape (chosen + rejected tokens, hidden), and the router's loss."""
         options = {"output_router_logits": True} if self.router_loss else {}
-        if self.rotary_limit is not None and rows.input_ids.shape[1] > self.rotary_limit.tokens:
-            return self._row_by_row(rows).flatten(0, 1)[rows.positions], None
-        output = self.model.get_decoder()(input_ids=rows.input_ids, use_cache=False, **options)
-        hidden = output.last_hidden_state.flatten(0, 1)[rows.positions]
+        if self.rotary_limit is not None and not rows.segments and rows.input_ids.shape[1] > self.rotary_limit.tokens:
+            return self._row_by_row(rows).flatten(0, 1)[rows.predicting], None
+        output = self.model.get_decoder()(**rows.inputs, use_cache=False, **options)
+        hidden = output.last_hidden_state.flatten(0, 1)[rows.predicting]
         return hidden, self._balance(output.router_logits, rows) if self.router_loss else None
 
-    def _row_by_row(self, rows: _PaddedRows) -> Tensor:
+    def _row_by_row(self, rows: Rows) -> Tensor:
         """States of each row scored alone, shape (2 · pairs, longest row, hidden): its length decides its frequencies."""
         assert self.rotary_limit is not None
         if self.rotary_limit.remembers or self.router_loss:
@@ -159,7 +172,7 @@ class PairScorer(nn.Module):
         ]
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
 
-    def _balance(self, router_logits: tuple[Tensor, ...], rows: _PaddedRows) -> Tensor:
+    def _balance(self, router_logits: tuple[Tensor, ...], rows: Rows) -> Tensor:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         config = self.model.config
@@ -169,18 +182,18 @@ class PairScorer(nn.Module):
         )
         return loss
 
-    def _through_own_head(self, rows: _PaddedRows, targets: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _through_own_head(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The way for heads that fit no known map: the model's own logits, made only at the columns that are scored."""
         width = rows.input_ids.shape[1]
-        if self.rotary_limit is not None and width > self.rotary_limit.tokens:
+        if self.rotary_limit is not None and not rows.segments and width > self.rotary_limit.tokens:
             raise UsageError(
                 f"--max-length: give {self.rotary_limit.tokens} or less, beyond which this model is not scored."
             )
-        columns, inverse = torch.unique(rows.positions % width, return_inverse=True)
+        columns, inverse = torch.unique(rows.predicting % width, return_inverse=True)
         options = {"output_router_logits": True} if self.router_loss else {}
-        output = self.model(input_ids=rows.input_ids, use_cache=False, logits_to_keep=columns, **options)
-        scored = output.logits[rows.positions // width, inverse].float()
+        output = self.model(**rows.inputs, use_cache=False, logits_to_keep=columns, **options)
+        scored = output.logits[rows.predicting // width, inverse].float()
         log_probs = torch.log_softmax(scored, dim=-1)
         collisions = torch.logsumexp(2 * log_probs.detach(), dim=-1) if self.collision else None
         router_loss = self._balance(output.router_logits, rows) if self.router_loss else None
-        return log_probs.gather(-1, targets[:, None])[:, 0], collisions, router_loss
+        return log_probs.gather(-1, rows.targets[:, None])[:, 0], collisions, router_loss

@@ -27,6 +27,7 @@ NEVER_IN_THE_FINGERPRINT = {
     "out": "a place",
     "as_json": "form of the output",
     "device": "information",
+    "scoring": "speed",
     "token_budget": "speed",
     "model": "stands there by content",
     "revision": "stands there by content",

@@ -119,13 +119,11 @@ class Recorder:
     random_states: list[Tensor] = field(default_factory=list)
     tokens: list[TokenLogps] = field(default_factory=list)
 
-    def __call__(
-        self, scorer: PairScorer, pairs: Sequence[EncodedPair], device: torch.device
-    ) -> tuple[PairBatch, TokenLogps]:
+    def __call__(self, scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, TokenLogps]:
         self.pairs.append(pairs)
         self.with_graph.append(torch.is_grad_enabled())
         self.random_states.append(torch.get_rng_state())
-        batch, tokens = passes.score(scorer, pairs, device)
+        batch, tokens = passes.score(scorer, pairs)
         self.tokens.append(TokenLogps(tokens.chosen.detach().clone(), tokens.rejected.detach().clone()))
         return batch, tokens
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpocli.data.batches import PairBatch, deal, pack
+from dpocli.data.batches import Layout, Packing, PairBatch, deal, pack
 from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.errors import UsageError
 from dpocli.objective.head_probe import HeadKind
@@ -98,8 +98,8 @@ def test_the_result_does_not_depend_on_how_pairs_are_batched() -> None:
     with torch.no_grad():
         alone = [scorer(PairBatch.of([pair])) for pair in pairs]
         for budget in (1, 64, 200, 10_000):
-            lengths = [len(p.prompt_ids) + max(len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-            for batch in pack(lengths, budget):
+            sizes = [Layout.PADDED.size(*map(len, p.all_ids)) for p in pairs]
+            for batch in pack(sizes, Packing(Layout.PADDED, budget)):
                 tokens = scorer(PairBatch.of([pairs[i] for i in batch]))
                 for column in ("chosen", "rejected", "chosen_collision", "rejected_collision"):
                     expected = torch.cat([getattr(alone[i], column) for i in batch])
@@ -180,7 +180,7 @@ def test_dealing_gives_every_rank_the_same_passes_and_every_pair_once() -> None:
     for count in (1, 2, 3, 7, 32):
         lengths = generator.integers(2, 100, count).tolist()
         for ranks in (1, 2, 4):
-            plans = deal(lengths, ranks, token_budget=256)
+            plans = deal(lengths, ranks, Packing(Layout.PADDED, 256))
             assert len({len(plan) for plan in plans}) == 1
             assert sorted(i for plan in plans for batch in plan for i in batch) == list(range(count))
 

@@ -1,0 +1,107 @@
+"""What scoring took, beside what it had to take: tokens, seconds, and the share of the FLOP floor."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpocli.objective.rows import Tally
+from dpocli.objective.scoring import PairScorer
+
+PROBE_SECONDS = 0.2
+
+
+class Throughput:
+    """Measures the scoring of one command.
+
+    The floor is the time that the multiplications which no method can leave out would take at the rate of a large
+    matrix product on this device: every distinct token once through the layers, and once through the head if it is scored.
+
+    Args:
+        scorer: whose passes are counted.
+        backward: whether the time includes the backward pass, which takes twice the forward pass.
+    """
+
+    def __init__(self, scorer: PairScorer, *, backward: bool = False) -> None:
+        self._scorer = scorer
+        self._backward = backward
+        self._seconds = 0.0
+        self._tally = Tally(with_gradient_only=backward)
+
+    @contextmanager
+    def clock(self) -> Iterator[None]:
+        """Around work that ends with its results on the CPU."""
+        start = time.perf_counter()
+        self._scorer.tally = self._tally
+        yield
+        self._scorer.tally = Tally()
+        self._seconds += time.perf_counter() - start
+
+    def summary(self) -> dict[str, Any]:
+        """For `summary.json`; figures are those of this process."""
+        tally = self._tally
+        facts: dict[str, Any] = dict(self._scorer.way)
+        if not tally.unique or not self._seconds:
+            return facts
+        floor = self.flops() / matmul_rate(self._scorer)
+        return facts | {
+            "tokens_computed": tally.computed,
+            "tokens_unique": tally.unique,
+            "padding_share": round(tally.padding / tally.computed, 4),
+            "seconds": round(self._seconds, 3),
+            "unique_tokens_per_second": round(tally.unique / self._seconds, 1),
+            "fraction_of_flop_floor": round(floor / self._seconds, 3),
+        }
+
+    def flops(self) -> float:
+        """The floor in floating-point operations, a multiplication and an addition being two."""
+        tally, model = self._tally, self._scorer.model
+        config = model.config.get_text_config()
+        head = model.get_output_embeddings()
+        per_scored = int(head.weight.numel()) if isinstance(head, nn.Linear) else 0
+        heads: int = config.num_attention_heads
+        width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        forward: float = 2.0 * _active_weights(self._scorer) * tally.unique
+        forward += 4.0 * config.num_hidden_layers * width * tally.attended
+        forward += 2.0 * per_scored * tally.scored
+        return forward * (3 if self._backward else 1)
+
+
+def _active_weights(scorer: PairScorer) -> float:
+    """Weights that multiply each token between embeddings and head: of experts, those that a token is routed to."""
+    config = scorer.model.config.get_text_config()
+    outside = {
+        id(module.weight) for module in (scorer.model.get_input_embeddings(), scorer.model.get_output_embeddings())
+    }
+    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+    used = getattr(config, "num_experts_per_tok", None)
+    total = 0.0
+    for name, parameter in scorer.model.named_parameters():
+        if parameter.dim() < 2 or id(parameter) in outside:
+            continue
+        share = used / experts if used and experts and ".experts" in name else 1.0
+        total += parameter.numel() * share
+    return total
+
+
+def matmul_rate(scorer: PairScorer) -> float:
+    """Floating-point operations a second of a large matrix product, in the dtype of the forward pass."""
+    device = scorer.model.device
+    size = 4096 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device).to(scorer.compute_dtype) for _ in range(2))
+    left @ right
+    _wait(device)
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < PROBE_SECONDS:
+        left @ right
+        _wait(device)
+        count += 1
+    return 2.0 * size**3 * count / (time.perf_counter() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
