@@ -44,12 +44,15 @@ class Policy:
         mesh = replica_mesh(processes)
         inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-        for layer in decoder_layers(scorer):
+        layers = decoder_layers(scorer)
+        for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=inner, reshard_after_forward=False)
         fully_shard(scorer, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
         # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
         self.masters: list[tuple[str, nn.Parameter]] = list(scorer.model.named_parameters())
         """The float32 master weights: names as the source model knows them, each tensor once."""
+        ends = [layers[0], layers[-1]] if layers else [scorer]
+        self._outer_layers = [parameter for layer in ends for parameter in layer.parameters()]
 
     def reduce_gradients_on_backward(self, now: bool) -> None:
         """With several replicas, gradients travel once a step, with its last micro-batch."""
@@ -71,12 +74,11 @@ class Policy:
             self.scorer.train()
 
     def gradient_of(self, loss: Tensor) -> Tensor:
-        """Back-propagates `loss` and gives the gradient of this process's part of the first and last layer, flat. All
-        gradients are gone afterwards."""
+        """Back-propagates `loss`; what this process holds of the gradient of the first and the last layer, flat, on the
+        CPU. All gradients are gone afterwards."""
         self.reduce_gradients_on_backward(True)
         loss.backward()  # type: ignore[no-untyped-call]
-        layers = decoder_layers(self.scorer)
-        found = [parameter.grad for layer in (layers[0], layers[-1]) for parameter in layer.parameters()]
+        found = (parameter.grad for parameter in self._outer_layers)
         local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found if grad is not None]
         flat = torch.cat([grad.detach().float().flatten() for grad in local]).cpu()
         self.scorer.zero_grad()
