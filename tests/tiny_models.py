@@ -6,21 +6,39 @@ import torch
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTJConfig,
     GPTJForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 VOCABULARY = 97
@@ -36,6 +54,10 @@ SHAPE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+WINDOW = 12
+"""Tokens that the layers with a window look back over."""
+EAGER = "eager"
+"""Said for Gemma 2, to which earlier transformers give an SDPA that leaves out the cap on its attention scores."""
 
 
 def llama(*, tied: bool = False, vocab_size: int = VOCABULARY) -> PreTrainedModel:
@@ -55,7 +77,9 @@ def qwen3_moe() -> PreTrainedModel:
 
 
 def gemma2() -> PreTrainedModel:
-    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=5.0, sliding_window=128))
+    config = Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=5.0, sliding_window=128)
+    config._attn_implementation = EAGER
+    return Gemma2ForCausalLM(config)
 
 
 def cohere() -> PreTrainedModel:
@@ -74,6 +98,56 @@ def gpt2() -> PreTrainedModel:
 def gptj() -> PreTrainedModel:
     """Its head has a bias."""
     return GPTJForCausalLM(GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, rotary_dim=4))
+
+
+def mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=WINDOW))
+
+
+def gemma2_traps() -> PreTrainedModel:
+    """A window in every other layer, and a cap on the attention scores."""
+    config = Gemma2Config(
+        **SHAPE, head_dim=8, query_pre_attn_scalar=8, attn_logit_softcapping=2.0, final_logit_softcapping=5.0,
+        sliding_window=WINDOW,
+    )  # fmt: skip
+    config._attn_implementation = EAGER
+    return Gemma2ForCausalLM(config)
+
+
+def gemma3() -> PreTrainedModel:
+    layers = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        **SHAPE, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, layer_types=layers
+    )  # fmt: skip
+    return Gemma3ForCausalLM(config)
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Sinks, and a window in every other layer."""
+    return GptOssForCausalLM(
+        GptOssConfig(**SHAPE, head_dim=8, num_local_experts=4, num_experts_per_tok=2, sliding_window=WINDOW)
+    )
+
+
+def qwen2() -> PreTrainedModel:
+    """A window in its second layer."""
+    return Qwen2ForCausalLM(Qwen2Config(**SHAPE, use_sliding_window=True, max_window_layers=1, sliding_window=WINDOW))
+
+
+def falcon_h1() -> PreTrainedModel:
+    """Attention and a recurrence side by side in every layer."""
+    return FalconH1ForCausalLM(
+        FalconH1Config(
+            **SHAPE, head_dim=8, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_n_groups=1, mamba_d_state=8,
+            mamba_chunk_size=16,
+        )
+    )  # fmt: skip
+
+
+def mamba() -> PreTrainedModel:
+    shape = {name: SHAPE[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    special = {name: SHAPE[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return MambaForCausalLM(MambaConfig(**shape, **special, state_size=4))
 
 
 def length_dependent(rope_type: str) -> PreTrainedModel:
@@ -103,15 +177,29 @@ FAMILIES: Mapping[str, Callable[[], PreTrainedModel]] = {
     "gptj-biased": gptj,
 }
 
+TRAPS: Mapping[str, Callable[[], PreTrainedModel]] = {
+    "mistral-window": mistral,
+    "gemma2-window-softcap": gemma2_traps,
+    "gemma3-window": gemma3,
+    "gpt-oss-sinks": gpt_oss,
+    "qwen2-window": qwen2,
+    "phi3": lambda: Phi3ForCausalLM(Phi3Config(**SHAPE)),
+    "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE)),
+    "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE)),
+}
+"""Rows of several pairs are easily wrong for the first of them; the others are there because people use them."""
+RECURRENT: Mapping[str, Callable[[], PreTrainedModel]] = {"mamba": mamba, "falcon-h1-hybrid": falcon_h1}
+"""What came before in a row cannot be kept from what comes after."""
+
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
     """A model of the family with weights wide enough that its log-probs are far from uniform."""
     torch.manual_seed(seed)
-    model = FAMILIES[name]()
+    model = {**FAMILIES, **TRAPS, **RECURRENT}[name]()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter_name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.2)
-            elif parameter.shape == (VOCABULARY,):
+            elif parameter.shape == (VOCABULARY,) or parameter_name.endswith("sinks"):
                 parameter.normal_(0, 0.5)
     return model.eval()

@@ -62,8 +62,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         budget = token_budget(options.token_budget, device)
         scorer = PairScorer(model, collision=wanted.collision, token_budget=budget)
 
-        everything = PairView(store, np.arange(len(store)))
-        tried = sample(scorer, everything.lengths, 0, everything.load)
+        tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
         settle(scorer, tried, options.scoring, processes, terminal.say)
         throughput = Throughput(scorer)
 

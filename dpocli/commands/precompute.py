@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -21,7 +20,7 @@ from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
 from dpocli.data.preference import EncodedPair
 from dpocli.data.sources import Rows, open_rows
-from dpocli.engine.exactness import sample, settle, window_of
+from dpocli.engine.exactness import PairsInMemory, sample, settle, window_of
 from dpocli.engine.mesh import Processes, launched, pick_device
 from dpocli.engine.model import (
     dtype_name,
@@ -109,13 +108,13 @@ class Reference:
             return reference_logps(self._scorer, pairs, progress, go_on)
 
     def _settle(self, pairs: Sequence[EncodedPair]) -> None:
-        """Once; and again where pairs come that are the first to be longer than what the model looks back over."""
-        lengths = np.array([pair.num_tokens_longer for pair in pairs])
-        longest, window = int(lengths.max()), window_of(self._scorer)
-        if self._longest_tried and not (window and self._longest_tried <= window < longest):
+        """Once; and again where pairs come that reach further beyond what the model looks back over."""
+        tile = PairsInMemory(pairs)
+        longest, window = int(tile.lengths.max()), window_of(self._scorer)
+        if self._longest_tried and not (window and longest > max(window, 1.25 * self._longest_tried)):
             return
         alone = Processes(0, 1, self._scorer.model.device)
-        tried = sample(self._scorer, lengths, 0, lambda positions: [pairs[index] for index in positions])
+        tried = sample(self._scorer, [tile], seed=0)
         settle(self._scorer, tried, self._options.scoring, alone, self._terminal.say)
         self._longest_tried = longest
         self._writer.inform(environment(self._scorer.model.device, self._scorer))

@@ -68,8 +68,15 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
         policy = _load_policy(options, loss, model_directory, dtype, processes)
-        tried = sample(policy.scorer, training.lengths, options.seed, training.load)
-        settle(policy.scorer, tried, options.scoring, processes, terminal.say, policy.gradient_of)
+        with policy.dropout_off():
+            settle(
+                policy.scorer,
+                sample(policy.scorer, [view for view in (training, held_out) if view], options.seed),
+                options.scoring,
+                processes,
+                terminal.say,
+                policy.gradient_of,
+            )
         describe(terminal, options, loss, policy, training, held_out, schedule, dtype)
         trainer = Trainer(
             policy,

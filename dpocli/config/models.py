@@ -63,7 +63,7 @@ class Options(BaseModel):
     token_budget: int | None = _option(
         None,
         Panel.RUN,
-        "tokens per forward pass: memory and speed, never values (default: 4096 on CPU, 16384 on CUDA)",
+        "tokens per forward pass: memory and speed, never values (default: 1024 on CPU, 16384 on CUDA)",
         ge=16,
     )
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 
-DEFAULT_TOKEN_BUDGET = 4096
 Lengths = tuple[int, ...]
 TokenCounts = NDArray[np.int64]
 
@@ -120,6 +119,13 @@ class PairBatch:
     def num_tokens(self) -> int:
         """Distinct tokens: each prompt once, each side once."""
         return sum(self.prompt_lengths) + sum(self.chosen_lengths) + sum(self.rejected_lengths)
+
+
+def transfer(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`; from pinned memory, so that nobody waits for what the device still computes."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _joined_ids(ids: Sequence[TokenIds]) -> Tensor:

@@ -5,8 +5,9 @@ layers and what comes next year. So a few pairs are scored plainly, one padded r
 training with their gradients; where the two differ by more than the dtype's noise, the next simpler way is tried.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from dpocli.data.batches import Layout, pack
 from dpocli.data.preference import EncodedPair
 from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import score
-from dpocli.errors import NumericsError
+from dpocli.errors import NumericsError, UsageError
+from dpocli.objective.block_mask import try_kernel
 from dpocli.objective.scoring import PairScorer
 
 NUM_DRAWN = 3
@@ -43,6 +45,30 @@ NOISE = {
     torch.bfloat16: Noise(0.06, 0.3, 0.2),
     torch.float16: Noise(0.01, 0.05, 0.05),
 }
+
+
+class Pairs(Protocol):
+    """Pairs with known lengths, to be loaded: a `PairView`, for one."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]: ...
+    def load(self, positions: Sequence[int] | NDArray[np.int64], /) -> list[EncodedPair]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PairsInMemory:
+    """The pairs of a tile."""
+
+    pairs: Sequence[EncodedPair]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt + the longer side, shape (pairs,)."""
+        return np.array([pair.num_tokens_longer for pair in self.pairs], dtype=np.int64)
+
+    def load(self, positions: Sequence[int] | NDArray[np.int64]) -> list[EncodedPair]:
+        return [self.pairs[index] for index in positions]
+
 
 Gradient = Callable[[Tensor], Tensor]
 """Back-propagates a scalar and gives the gradient of some of the parameters, flat; leaves none behind."""
@@ -75,7 +101,7 @@ def settle(
     """Sets the fastest layout of the scorer that gives the values of the plain one.
 
     Args:
-        scorer: laid out accordingly afterwards.
+        scorer: laid out accordingly afterwards; no dropout may be on.
         pairs: to try it on, the same on every process (`sample`).
         asked: `auto`, or the layout that the user forces.
         processes: all of them must come to the same result.
@@ -84,54 +110,65 @@ def settle(
 
     Raises:
         NumericsError: the forced layout is wrong for this model.
+        UsageError: a backward pass failed, after which nothing can be tried any more.
     """
+    scorer.lay_out(Layout.PADDED)
     if asked == Layout.PADDED:
         return
-    plain = _scores(scorer, pairs, gradient)
-    found: list[str] = []
-    for way in _ways(scorer, asked):
-        fault = _fault(scorer, way, pairs, plain, NOISE[scorer.compute_dtype], gradient)
+    ways, refused = _ways(scorer, asked)
+    plain = _scores(scorer, pairs, gradient) if ways else None
+    for way in ways:
+        assert plain is not None
+        fault = _fault(scorer, way, pairs, plain, gradient)
         # Every process has computed the same, but rounding and compilers are each machine's own.
         if not processes.any(fault is not None):
             break
-        found.append(f"{way}: {fault or 'refused on another process'}")
+        refused.append(f"{way}: {fault or 'refused on another process'}")
         scorer.lay_out(Layout.PADDED)
     else:
         if asked != "auto":
-            raise NumericsError(f"--scoring {asked} is wrong for this model: {'; '.join(found)}. Use --scoring auto.")
-        found = found or [f"{scorer.model.config.model_type} has layers with a memory, which rows of several pairs mix"]
-    if found:
-        say(f"Scoring is {' with '.join(scorer.way.values())}; other ways are not exact here ({'; '.join(found)}).")
+            raise NumericsError(
+                f"--scoring {asked} is wrong for this model ({'; '.join(refused)}). Use --scoring auto."
+            )
+    if refused:
+        say(
+            f"Scoring is {' with '.join(scorer.way.values())}; what is faster is not exact here ({'; '.join(refused)})."
+        )
 
 
-def sample(
-    scorer: PairScorer, lengths: NDArray[np.int64], seed: int, load: Callable[[NDArray[np.int64]], list[EncodedPair]]
-) -> list[EncodedPair]:
-    """The pairs to try a layout on: the longest, and some that the seed draws.
+def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[EncodedPair]:
+    """The pairs to try a layout on: the longest of each view, and some of the first that the seed draws.
 
     Args:
         scorer: its model's window decides whether long pairs may be cut.
-        lengths: tokens of prompt + the longer side, shape (pairs,).
+        views: all pairs that will be scored.
         seed: of the draw.
-        load: gives the pairs at some positions.
     """
-    longest = int(np.argmax(lengths))
-    drawn = np.random.default_rng([seed, 0xE4AC7]).permutation(len(lengths))[:NUM_DRAWN]
-    pairs = load(np.unique([longest, *drawn]))
+    longest = [int(np.argmax(view.lengths)) for view in views]
+    drawn = np.random.default_rng([seed, 0xE4AC7]).permutation(len(views[0].lengths))[:NUM_DRAWN]
+    pairs = views[0].load(np.unique([longest[0], *drawn]))
+    pairs += [pair for view, position in zip(views[1:], longest[1:], strict=True) for pair in view.load([position])]
     window = window_of(scorer)
-    return pairs if window and lengths[longest] > window else [_cut(pair) for pair in pairs]
+    looks_far = window and any(pair.num_tokens_longer > window for pair in pairs)
+    return pairs if looks_far else [_cut(pair) for pair in pairs]
 
 
-def _ways(scorer: PairScorer, asked: str) -> Iterator[_Way]:
-    """From the fastest to the simplest but the plain one."""
+def _ways(scorer: PairScorer, asked: str) -> tuple[list[_Way], list[str]]:
+    """What to try, from the fastest to the simplest but the plain one; and what need not be tried, with the reason."""
+    refused = {}
     if getattr(scorer.model, "_is_stateful", False):
-        return
-    for layout in (Layout.SHARED, Layout.PACKED):
-        # The router's loss counts every row's tokens, so a prompt must stand as often as in the plain layout.
-        if asked in ("auto", layout) and not (layout is Layout.SHARED and scorer.router_loss):
-            if scorer.model.device.type == "cuda":
-                yield _Way(layout, flex=True)
-            yield _Way(layout)
+        memory = f"{scorer.model.config.model_type} has layers with a memory, which rows of several pairs mix"
+        refused = {Layout.SHARED: memory, Layout.PACKED: memory}
+    elif scorer.router_loss:
+        refused = {Layout.SHARED: "the router's loss counts a prompt as often as it stands"}
+    wanted = [layout for layout in (Layout.SHARED, Layout.PACKED) if asked in ("auto", layout)]
+    ways = [
+        _Way(layout, flex)
+        for layout in wanted
+        if layout not in refused
+        for flex in ([True, False] if scorer.model.device.type == "cuda" else [False])
+    ]
+    return ways, list(dict.fromkeys(f"{refused[layout]}" for layout in wanted if layout in refused))
 
 
 def _fault(
@@ -139,17 +176,24 @@ def _fault(
     way: _Way,
     pairs: Sequence[EncodedPair],
     plain: _Scores,
-    noise: Noise,
     gradient: Gradient | None,
 ) -> str | None:
     """What is wrong with a way of scoring, in words; None where nothing is, and the scorer is laid out so."""
+    noise = NOISE[scorer.compute_dtype]
     try:
+        if way.flex:
+            try_kernel(scorer.model, scorer.compute_dtype, backward=gradient is not None)
         scorer.lay_out(way.layout, flex=way.flex)
         fast = _scores(scorer, pairs, gradient)
+    except _BackwardError as error:
+        raise UsageError(
+            f"The backward pass of scoring {way} failed ({_first_line(error)}). Give --scoring "
+            f"{Layout.PADDED if way.layout is Layout.PACKED else Layout.PACKED}."
+        ) from error
     except Exception as error:  # whatever a model, a compiler or a driver raises: there is a simpler way
         if is_out_of_memory(error):
             raise
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return _first_line(error)
     delta = (fast.logps - plain.logps).abs()
     mean, p99 = float(delta.mean()), float(delta.quantile(0.99))
     # Written so that NaN is a fault.
@@ -162,6 +206,15 @@ def _fault(
     return None
 
 
+class _BackwardError(Exception):
+    """A backward pass was cut off: what wraps the model is in no state to go on from."""
+
+
+def _first_line(error: BaseException) -> str:
+    error = error.__cause__ or error
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def _scores(scorer: PairScorer, pairs: Sequence[EncodedPair], gradient: Gradient | None) -> _Scores:
     """All token log-probs of the pairs, and the gradient of their mean."""
     sizes = [scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs]
@@ -172,7 +225,13 @@ def _scores(scorer: PairScorer, pairs: Sequence[EncodedPair], gradient: Gradient
         with torch.set_grad_enabled(gradient is not None):
             batch, tokens = score(scorer, [pairs[index] for index in members])
         if gradient is not None:
-            part = gradient((tokens.chosen.sum() + tokens.rejected.sum()) / num_tokens)
+            mean = (tokens.chosen.sum() + tokens.rejected.sum()) / num_tokens
+            try:
+                part = gradient(mean)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise _BackwardError from error
             total = part if total is None else total + part
         chosen = torch.split(tokens.chosen.detach().float().cpu(), list(batch.chosen_lengths))
         rejected = torch.split(tokens.rejected.detach().float().cpu(), list(batch.rejected_lengths))

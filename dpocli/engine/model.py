@@ -2,9 +2,9 @@
 
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -26,6 +26,7 @@ from dpocli.artifacts.hashing import meaningful_config
 from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import ModelOptions
+from dpocli.engine.allocator import keep_freed_memory
 from dpocli.errors import UsageError
 from dpocli.objective.scoring import PairScorer
 
@@ -149,20 +150,38 @@ def load_model(directory: Path, options: ModelOptions, dtype: torch.dtype, devic
             f"--model {options.model}: {len(missing)} weights that the model needs are not in its files "
             f"({', '.join(missing[:3])}, …). They would be random. Is it another architecture, or an adapter alone?"
         )
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # some versions of transformers choose SDPA, which leaves the cap out
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cpu":
+        keep_freed_memory()
     model.eval()
     return model.to(device)
 
 
-def without_dropout(model: nn.Module) -> None:
+def without_dropout(model: nn.Module) -> Callable[[], None]:
     """Sets every dropout, drop path and router jitter of the model to 0: in its modules, and in the configuration that
-    some of them read at every call (so whoever saves the model saves the configuration of before)."""
+    some of them read at every call (so whoever saves the model saves the configuration of before).
+
+    Returns:
+        What puts them back.
+    """
+    before: list[tuple[Any, str, float]] = []
     for module in model.modules():
         if isinstance(module, nn.Dropout):
+            before.append((module, "p", module.p))
             module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else []:
                 if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
+                    before.append((holder, name, value))
                     setattr(holder, name, 0.0)
+
+    def put_back() -> None:
+        for holder, name, value in reversed(before):
+            setattr(holder, name, value)
+
+    return put_back
 
 
 def source_dtype(directory: Path, options: ModelOptions) -> torch.dtype:

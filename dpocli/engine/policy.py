@@ -58,10 +58,21 @@ class Policy:
         """With several replicas, gradients travel once a step, with its last micro-batch."""
         assert isinstance(self.scorer, FSDPModule)
         self.scorer.set_requires_gradient_sync(now or self.processes.count == 1)
+        # Between micro-batches the weights stay as they are, so the copy that computes stays too.
+        self.scorer.set_reshard_after_backward(now)
 
     def num_parameters(self) -> int:
         """Trainable ones."""
         return sum(parameter.numel() for _, parameter in self.masters if parameter.requires_grad)
+
+    @contextmanager
+    def dropout_off(self) -> Iterator[None]:
+        """In training mode, but without anything random."""
+        put_back = without_dropout(self.scorer.model)
+        try:
+            yield
+        finally:
+            put_back()
 
     @contextmanager
     def at_rest(self) -> Iterator[None]:

@@ -36,9 +36,11 @@ class Throughput:
         """Around work that ends with its results on the CPU."""
         start = time.perf_counter()
         self._scorer.tally = self._tally
-        yield
-        self._scorer.tally = Tally()
-        self._seconds += time.perf_counter() - start
+        try:
+            yield
+        finally:
+            self._scorer.tally = Tally()
+            self._seconds += time.perf_counter() - start
 
     def summary(self) -> dict[str, Any]:
         """For `summary.json`; figures are those of this process."""
@@ -62,8 +64,8 @@ class Throughput:
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
         per_scored = int(head.weight.numel()) if isinstance(head, nn.Linear) else 0
-        heads: int = config.num_attention_heads
-        width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        heads: int = getattr(config, "num_attention_heads", 0)
+        width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
         forward: float = 2.0 * _active_weights(self._scorer) * tally.unique
         forward += 4.0 * config.num_hidden_layers * width * tally.attended
         forward += 2.0 * per_scored * tally.scored
@@ -92,14 +94,13 @@ def matmul_rate(scorer: PairScorer) -> float:
     device = scorer.model.device
     size = 4096 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(scorer.compute_dtype) for _ in range(2))
-    left @ right
-    _wait(device)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < PROBE_SECONDS:
+    fastest, deadline = float("inf"), time.perf_counter() + PROBE_SECONDS
+    while time.perf_counter() < deadline or fastest == float("inf"):
+        start = time.perf_counter()
         left @ right
         _wait(device)
-        count += 1
-    return 2.0 * size**3 * count / (time.perf_counter() - start)
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2.0 * size**3 / fastest
 
 
 def _wait(device: torch.device) -> None:

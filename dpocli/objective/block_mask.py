@@ -12,12 +12,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 
+from dpocli.data.batches import transfer
 from dpocli.objective.rows import Segment
 
 BLOCK = 128
 TRUNK = -1
+
+
+def try_kernel(model: PreTrainedModel, dtype: torch.dtype, *, backward: bool) -> None:
+    """Compiles and runs the kernel for a small row of the model's shape, alone.
+
+    Raises:
+        Exception: whatever a missing compiler, or a device without resources for the kernel, raises.
+    """
+    config = model.config.get_text_config()
+    heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    segments = (Segment(BLOCK, (BLOCK, BLOCK // 2)), Segment(0, (BLOCK // 2,)))
+    length = sum(segment.size for segment in segments)
+    query, key, value = (
+        torch.randn(1, count, length, size, device=model.device, dtype=dtype, requires_grad=backward)
+        for count in (heads, key_heads, key_heads)
+    )
+    output = BlockMasks(segments, model.device).attention(model, query, key, value, 0.0, None, {})
+    if backward:
+        output.float().sum().backward()  # type: ignore[no-untyped-call]
+    float(output.detach().float().sum())  # waits for the device, which reports late
 
 
 class _Run(NamedTuple):
@@ -73,7 +96,7 @@ class BlockMasks:
         lengths = torch.tensor([run.stop - run.start for run in self._runs])
 
         def per_token(values: list[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).repeat_interleave(lengths).to(device)
+            return transfer(torch.tensor(values, dtype=torch.int32).repeat_interleave(lengths), device)
 
         starts = per_token([run.start - run.position for run in self._runs])
         self._tokens = _Tokens(
@@ -164,4 +187,4 @@ def _as_lists(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, 
     """How many blocks of each row of blocks, and which (those first), as the kernel wants them."""
     order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     counts = blocks.sum(axis=1, dtype=np.int32)
-    return torch.from_numpy(counts)[None, None].to(device), torch.from_numpy(order)[None, None].to(device)
+    return tuple(transfer(torch.from_numpy(values)[None, None], device) for values in (counts, order))  # type: ignore[return-value]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpocli.config.hyperparameters import Need
-from dpocli.data.batches import Lengths, PairBatch
+from dpocli.data.batches import Lengths, PairBatch, transfer
 from dpocli.data.preference import EncodedPair
 
 
@@ -108,7 +108,7 @@ def segment_sums(values: Tensor, mask: Tensor, lengths: Lengths) -> Tensor:
     """
     # A masked value is replaced, not multiplied: a masked -inf or NaN must not reach the sum.
     counted = torch.where(mask, values.double(), 0.0)
-    sizes = torch.tensor(lengths, device=values.device)
+    sizes = transfer(torch.tensor(lengths), values.device)
     return torch.segment_reduce(counted, "sum", lengths=sizes, unsafe=True, initial=0.0)
 
 
@@ -122,16 +122,16 @@ def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair
         wanted: the optional columns.
     """
     device = tokens.chosen.device
-    chosen_mask = batch.chosen_mask.to(device, non_blocking=True)
-    rejected_mask = batch.rejected_mask.to(device, non_blocking=True)
-    chosen_tokens = torch.tensor([pair.num_chosen_tokens for pair in pairs], device=device)
-    rejected_tokens = torch.tensor([pair.num_rejected_tokens for pair in pairs], device=device)
+    chosen_mask = transfer(batch.chosen_mask, device)
+    rejected_mask = transfer(batch.rejected_mask, device)
+    chosen_tokens = transfer(torch.tensor([pair.num_chosen_tokens for pair in pairs]), device)
+    rejected_tokens = transfer(torch.tensor([pair.num_rejected_tokens for pair in pairs]), device)
     columns = {
         "policy_chosen": segment_sums(tokens.chosen, chosen_mask, batch.chosen_lengths),
         "policy_rejected": segment_sums(tokens.rejected, rejected_mask, batch.rejected_lengths),
     }
     if wanted.reference:
-        sums = torch.tensor([pair.reference_sums for pair in pairs], dtype=torch.float64, device=device)
+        sums = transfer(torch.tensor([pair.reference_sums for pair in pairs], dtype=torch.float64), device)
         columns |= {"reference_chosen": sums[:, 0], "reference_rejected": sums[:, 1]}
     if wanted.collision:
         assert tokens.chosen_collision is not None
@@ -154,7 +154,9 @@ def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair
         for side, values, mask, lengths in sides:
             columns[f"policy_{side}_tail"] = segment_sums(values, mask, lengths)
             if wanted.reference:
-                cached = torch.from_numpy(np.concatenate([getattr(pair.reference, side) for pair in pairs])).to(device)
+                cached = transfer(
+                    torch.from_numpy(np.concatenate([getattr(pair.reference, side) for pair in pairs])), device
+                )
                 columns[f"reference_{side}_tail"] = segment_sums(cached, mask, lengths)
     return PairLogps(
         **{"reference_chosen": None, "reference_rejected": None}
@@ -174,7 +176,7 @@ def tail_mask(mask: Tensor, lengths: Lengths, kept: Tensor) -> Tensor:
     Returns:
         Shape (tokens,), bool.
     """
-    sizes = torch.tensor(lengths, device=mask.device)
+    sizes = transfer(torch.tensor(lengths), mask.device)
     counted = mask.cumsum(0)
     at_ends = counted[sizes.cumsum(0) - 1]
     before = torch.cat([at_ends.new_zeros(1), at_ends[:-1]])

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from dpocli.data.batches import Layout, Lengths, PairBatch
+from dpocli.data.batches import Layout, Lengths, PairBatch, transfer
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,13 @@ class Rows:
                 return _padded(batch)
 
     def to(self, device: torch.device) -> "Rows":
-        """The same rows on `device`; from pinned memory where that lets the transfer run beside the computing."""
-
-        def moved(tensor: Tensor) -> Tensor:
-            if device.type == "cuda" and tensor.device.type == "cpu":
-                tensor = tensor.pin_memory()
-            return tensor.to(device, non_blocking=True)
-
+        """The same rows on `device`."""
         return replace(
             self,
-            input_ids=moved(self.input_ids),
-            predicting=moved(self.predicting),
-            targets=moved(self.targets),
-            position_ids=None if self.position_ids is None else moved(self.position_ids),
+            input_ids=transfer(self.input_ids, device),
+            predicting=transfer(self.predicting, device),
+            targets=transfer(self.targets, device),
+            position_ids=None if self.position_ids is None else transfer(self.position_ids, device),
         )
 
     def widened(self, width: int) -> "Rows":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpocli.data.batches import DEFAULT_TOKEN_BUDGET, Layout, Packing, PairBatch
+from dpocli.data.batches import Layout, Packing, PairBatch
 from dpocli.errors import UsageError
 from dpocli.objective import attention
 from dpocli.objective.head import Head, LogitMap, token_logps
@@ -61,7 +61,7 @@ class PairScorer(nn.Module):
         *,
         collision: bool = False,
         router_loss: bool = False,
-        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        token_budget: int = 1024,
     ) -> None:
         super().__init__()
         self.model = model
@@ -143,6 +143,8 @@ class PairScorer(nn.Module):
         name = self._plain_attention if layout.pads else attention.NAME
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
+            if self.model.config._attn_implementation != name:
+                raise ValueError("the model's attention does not go through transformers' attention interface")
 
     def _head(self, logit_map: LogitMap) -> Head:
         embeddings = self.model.get_output_embeddings()

@@ -5,8 +5,8 @@
 The batch: 8 pairs of random tokens, rows of 300 to 700 tokens, one Llama of 25 million parameters with 49,152
 vocabulary entries, tied embeddings, float32, on the CPU. Two things are measured:
 
-- scoring: log-probs of both sides without gradients. dpocli: `PairScorer`; TRL: `_precompute_ref_logps` of `DPOTrainer`,
-  as its constructor runs it under `precompute_ref_log_probs=True`.
+- scoring: log-probs of both sides without gradients. dpocli: `PairScorer` as `precompute` calls it, all pairs in one
+  row; TRL: `_precompute_ref_logps` of `DPOTrainer`, as its constructor runs it under `precompute_ref_log_probs=True`.
 - training step: forward and backward pass of the DPO loss against given reference log-probs, no optimizer state.
   dpocli: `PairScorer` in `train`'s engine; TRL: the first `training_step` of `DPOTrainer.train()`.
 
@@ -23,29 +23,29 @@ The table goes to stdout and to the end of RESULTS.md.
 """
 
 import argparse
-import json
-import os
-import re
-import subprocess
 import sys
-import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from statistics import median
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-REQUIREMENTS = ROOT / "requirements.txt"
-RESULTS = HERE / "RESULTS.md"
-TRL_VERSION = "1.16.0"
-
-SUM_TOLERANCE = 0.01
-"""Nats per side. TRL sums in float32, whose last digit stands for 0.0005 nats at sums of 4000."""
-LOSS_TOLERANCE = 1e-3
-GRAD_TOLERANCE = 1e-4
-"""Relative."""
+from environments import (
+    GRAD_TOLERANCE,
+    LOSS_TOLERANCE,
+    SUM_TOLERANCE,
+    TRL_VERSION,
+    add_environment_options,
+    append_to_results,
+    in_own_process,
+    interpreters,
+    largest_difference,
+    machine,
+    markdown_table,
+    say,
+    spread,
+    versions_line,
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ CONTENDERS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What one process said. See `Outcome` in scoring_memory_child.py."""
+    """What one process said. See `Outcome` in measuring.py."""
 
     megabytes: float
     sums: list[list[float]]
@@ -81,47 +81,20 @@ class Run:
 Runs = dict[tuple[Contender, str], list[Run]]
 
 
-def trl_python(directory: Path) -> Path:
-    """The interpreter of the environment that holds TRL, made or completed where needed."""
-    python = directory / "bin" / "python"
-    probe = "import accelerate, torch, importlib.metadata as m; print(m.version('trl'))"
-    if python.exists():
-        answer = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False)
-        if answer.stdout.strip() == TRL_VERSION:
-            return python
-    print(f"Installing TRL {TRL_VERSION} in {directory}", file=sys.stderr)
-    venv.create(directory, with_pip=True)
-    torch = re.search(r"^torch==\S+", REQUIREMENTS.read_text(), re.MULTILINE)
-    assert torch, "requirements.txt pins torch"
-    # torch first and by itself, so that an index with a smaller CPU build can serve it.
-    for packages in ([torch[0]], [f"trl=={TRL_VERSION}", "accelerate"]):
-        pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(REQUIREMENTS)]
-        subprocess.run([*pip, *packages], check=True, stdout=sys.stderr)
-    return python
-
-
 def measure(python: Path, contender: Contender, phase: str) -> Run:
     """One process, from start to end."""
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(ROOT) if contender.tool == "dpocli" else ""
-    command = [str(python), str(HERE / "scoring_memory_child.py"), contender.tool, phase, *contender.flags]
-    process = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if process.returncode:
-        sys.exit(f"{contender.label}, {phase}: exit status {process.returncode}\n{process.stderr[-4000:]}")
-    said = json.loads(process.stdout.splitlines()[-1])
+    what = f"{contender.label}, {phase}"
+    said = in_own_process(
+        python, contender.tool, what, "scoring_memory_child.py", contender.tool, phase, *contender.flags
+    )
     megabytes = (said["peak"] - said["before"]) / 1e6
-    print(f"{contender.label}, {phase}: {megabytes:,.0f} MB", file=sys.stderr)
+    say(f"{what}: {megabytes:,.0f} MB")
     return Run(megabytes, said["sums"], said["loss"], said["grad_norm"], said["versions"])
 
 
 def largest_sum_difference(runs: Sequence[Run], baseline: Run) -> float:
     """Nats, over runs, pairs and sides."""
-    return max(
-        abs(value - expected)
-        for run in runs
-        for row, expected_row in zip(run.sums, baseline.sums, strict=True)
-        for value, expected in zip(row, expected_row, strict=True)
-    )
+    return max(largest_difference(run.sums, baseline.sums) for run in runs)
 
 
 def largest_training_differences(runs: Sequence[Run], baseline: Run) -> tuple[float, float]:
@@ -148,17 +121,22 @@ def check(runs: Runs) -> None:
 
 def table(runs: Runs) -> str:
     """Markdown."""
-    lines = [
-        "| contender | scoring, peak MB | × dpocli | training step, peak MB | × dpocli | sums differ by | loss, gradient norm differ by |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+    header = [
+        "contender",
+        "scoring, peak MB",
+        "× dpocli",
+        "training step, peak MB",
+        "× dpocli",
+        "sums differ by",
+        "loss, gradient norm differ by",
     ]
+    rows = []
     for contender in CONTENDERS:
         cells = [contender.label]
         for phase in ("scoring", "training"):
             cells += _memory_cells(runs, contender, phase)
-        cells += _difference_cells(runs, contender)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells + _difference_cells(runs, contender))
+    return markdown_table(header, rows)
 
 
 def _memory_cells(runs: Runs, contender: Contender, phase: str) -> list[str]:
@@ -166,7 +144,7 @@ def _memory_cells(runs: Runs, contender: Contender, phase: str) -> list[str]:
         return ["", ""]
     figures = [run.megabytes for run in runs[contender, phase]]
     ratio = median(figures) / median(run.megabytes for run in runs[CONTENDERS[0], phase])
-    return [f"{median(figures):,.0f} ({min(figures):,.0f} to {max(figures):,.0f})", f"{ratio:.2f}"]
+    return [spread(figures), f"{ratio:.2f}"]
 
 
 def _difference_cells(runs: Runs, contender: Contender) -> list[str]:
@@ -178,28 +156,16 @@ def _difference_cells(runs: Runs, contender: Contender) -> list[str]:
     return [sums, f"{loss:.0e}, {norm:.0e}"]
 
 
-def machine() -> str:
-    """Cores, memory and CPU, without a name."""
-    cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    assert memory
-    cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores, {int(memory[1]) / 1e6:.0f} GB of memory, {cpu[1] if cpu else 'CPU not named'}"
-
-
 def report(runs: Runs, repeats: int) -> str:
     """A section of RESULTS.md."""
-    versions: dict[str, str] = {}
-    for its_runs in runs.values():
-        for run in its_runs:
-            versions |= run.versions
+    versions = versions_line(run.versions for its_runs in runs.values() for run in its_runs)
     return f"""
 ## Peak memory of scoring, {date.today().isoformat()}
 
 `python tests/benchmarks/scoring_memory.py --repeats {repeats}`
 
 - Machine: {machine()}.
-- Versions: {", ".join(f"{name} {number}" for name, number in versions.items())}.
+- Versions: {versions}.
 - MB = 10⁶ bytes above the resident memory just before; median of {repeats} processes (smallest to largest).
 - Tolerances, all kept: {SUM_TOLERANCE} nats per summed side, {LOSS_TOLERANCE} of the loss, {GRAD_TOLERANCE} of the gradient norm (relative).
 
@@ -208,12 +174,11 @@ def report(runs: Runs, repeats: int) -> str:
 
 
 def main() -> None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="processes per figure")
-    parser.add_argument("--venv", type=Path, default=cache / "dpocli" / f"trl-{TRL_VERSION}", help="TRL's environment")
+    add_environment_options(parser)
     options = parser.parse_args()
-    pythons = {"dpocli": Path(sys.executable), "trl": trl_python(options.venv.absolute())}
+    pythons = interpreters(options)
     runs: Runs = {(contender, phase): [] for contender in CONTENDERS for phase in contender.phases}
     for _ in range(options.repeats):
         for contender, phase in runs:
@@ -221,8 +186,7 @@ def main() -> None:
     check(runs)
     section = report(runs, options.repeats)
     print(section)
-    with RESULTS.open("a") as file:
-        file.write(section if file.tell() else f"# Results of the benchmarks\n{section}")
+    append_to_results(section)
 
 
 if __name__ == "__main__":

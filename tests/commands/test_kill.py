@@ -113,7 +113,7 @@ def test_a_stop_at_any_moment_leaves_no_gap_and_no_repeat(
     cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of a held-out evaluation too, which is cut short, and made when the run goes on."""
-    held_out = ("--eval-reference", held_out_cache, "--eval-every", 2, "--token-budget", 600)
+    held_out = ("--eval-reference", held_out_cache, "--eval-every", 2, "--token-budget", 250)
     line = ("train", "--model", MODEL, "--reference", cache, *held_out, "--batch-size", 8, "--max-steps", 4)
     undisturbed, stopped = tmp_path / "undisturbed", tmp_path / "stopped"
     assert dpocli(*line, "--out", undisturbed).code == 0

@@ -187,7 +187,9 @@ def test_bfloat16_trains_and_the_step0_check_holds(tmp_path: Path, dpocli: Run) 
 
 def test_a_failed_step0_check_stops_before_the_first_step(cache: Path, tmp_path: Path, dpocli: Run) -> None:
     out = tmp_path / "run"
-    result = dpocli("train", "--model", MODEL, "--reference", cache, "--out", out, "--step0-tolerance", 1e-12)
+    result = dpocli(
+        "train", "--model", MODEL, "--reference", cache, "--out", out, "--scoring", "padded", "--step0-tolerance", 1e-12
+    )
     assert result.code == 5
     assert "Step-0 check" in result.err
     assert not (out / "checkpoints").exists()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpocli.data.batches import Layout, Packing, PairBatch, deal, pack
+from dpocli.data.batches import Layout, Packing, PairBatch, pack
 from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.errors import UsageError
 from dpocli.objective.head_probe import HeadKind
@@ -173,16 +173,6 @@ def test_the_routers_loss_is_the_models_own() -> None:
     mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True)
     expected = model(input_ids=padded, attention_mask=mask, output_router_logits=True).aux_loss
     torch.testing.assert_close(tokens.router_loss, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_dealing_gives_every_rank_the_same_passes_and_every_pair_once() -> None:
-    generator = np.random.default_rng(0)
-    for count in (1, 2, 3, 7, 32):
-        lengths = generator.integers(2, 100, count).tolist()
-        for ranks in (1, 2, 4):
-            plans = deal(lengths, ranks, Packing(Layout.PADDED, 256))
-            assert len({len(plan) for plan in plans}) == 1
-            assert sorted(i for plan in plans for batch in plan for i in batch) == list(range(count))
 
 
 def test_frequencies_that_depend_on_the_length_do_not_leak_to_other_rows() -> None:
