@@ -16,7 +16,7 @@ What is measured, in float32 on the CPU, both tools on the same token ids and th
   default has it, which is slower), in batches of 8 or 1 with accumulation, each also with its head restricted.
 - live: the same step of dpocli, but a frozen copy of the model scores the batch just before, where the cache would have
   been read; and the time to read as many pairs from a cache, in full and with all bytes verified.
-- `--ablate`: dpocli with each of its parts switched off in turn, by patches in with_dpocli.py.
+- ablate, only when asked for: dpocli with each of its parts switched off in turn, by patches in with_dpocli.py.
 
 TRL's restricted head: off CUDA, TRL's head scores every position of the padded batch, prompts included; on CUDA only
 those of completions. Restricted, it takes the latter way here, with its plain torch operations (see with_trl.py). That
@@ -33,7 +33,8 @@ out (every distinct token once through the layers, every completion token once t
 rate of a large matrix product, measured in dpocli's processes just after each run, by the time taken; the floor is the
 same for all contenders. The largest differences from an oracle (the model in float64, one side a row) are over the
 first pairs, and beside them stands that of transformers itself in float32: nobody who computes in float32 is nearer
-than that but by chance. A run fails, and writes nothing, unless all contenders give the same sums, or loss and gradient norm.
+than that but by chance. A run fails, and writes nothing, unless all contenders give the same sums, or the same loss and
+gradient norm.
 
 What this cannot say: anything about GPUs. There TRL's head has a Triton kernel on completion positions alone, batches
 of 1 leave the device idle, attention of packed rows is FlexAttention, launches and transfers matter, and the dtype is
@@ -380,7 +381,7 @@ def _target_rows(case: Case) -> list[list[str]]:
         row(f"time of the fastest TRL with any head ({any_head.label}) / dpocli", case.ratio(any_head), None, "{:.2f}x")
         share = case.megabytes(DPOCLI) / case.megabytes(default)
         row(f"peak memory of dpocli / {default.label}", share, 0.25, "{:.2f}", at_most=True)
-    row("fraction of the FLOP floor", case.floor_share(DPOCLI), 0.75, "{:.2f}")
+    row("fraction of the FLOP floor", case.floor_share(DPOCLI), 0.75, "{:.3f}")
     if (error := case.token_error(DPOCLI)) is not None:
         row("log-probs off the float64 oracle, per token", error, 1e-5, "{:.1e}", at_most=True)
         row("the same of transformers itself in float32", case.plain_error(), None, "{:.1e}")
@@ -438,13 +439,16 @@ def parsed() -> argparse.Namespace:
     by_model = ", ".join(f"{count} with {model}" for model, count in TRAIN_PAIRS.items())
     add("--train-pairs", type=int, help=f"pairs of the training step (default: {by_model})")
     add("--oracle-pairs", type=int, default=4, help="pairs to compare with the float64 oracle (0: none)")
-    add("--quick", action="store_true", help="a trial: the random model, 8 pairs, 1 process per figure")
+    add(
+        "--quick", action="store_true", help="a trial: the random model, 8 pairs, 1 process per figure, nothing written"
+    )
     add("--no-write", action="store_true", help="leave RESULTS.md alone")
     add_environment_options(parser)
     options = parser.parse_args()
     options.only = list(dict.fromkeys([*options.only, *(["ablate"] if options.ablate else [])]))
     if options.quick:
         options.models, options.pairs, options.train_pairs, options.repeats = ["25m"], 8, 8, 1
+        options.no_write = True
     odd = options.train_pairs and options.train_pairs > TRL_BATCH and options.train_pairs % TRL_BATCH
     if odd or min(options.pairs, options.repeats) < 1 or (options.train_pairs or 1) < 1:
         parser.error(f"--train-pairs: at most {TRL_BATCH}, or a multiple of it, since TRL weights batches alike")
