@@ -48,7 +48,10 @@ def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Ter
     def declare(function: Callable[[OptionsModel, Terminal], None]) -> None:
         def command(**flags: Any) -> Callable[[], None]:
             options = load_options(model, flags)
-            return lambda: function(options, Terminal(json=options.as_json, rank=rank_from_environment()))
+            return lambda: function(
+                options,
+                Terminal(json=options.as_json, rank=rank_from_environment(getattr(options, "launcher", "torchrun"))),
+            )
 
         command.__signature__ = signature_of(model)  # type: ignore[attr-defined]
         app.command(function.__name__, help=inspect.getdoc(model))(command)

@@ -102,10 +102,10 @@ class Lines:
         left = state.seconds_left()
         count = f"{state.done}" if not state.total else f"{state.done}/{state.total}"
         share = "" if not state.total else f" ({state.done / state.total:.0%})"
-        self._line(f"{count} {state.unit}{share}", state, "" if left is None else f"{_duration(left)} left")
+        self._line(f"{count} {state.unit}{share}", state, "" if left is None else f"{format_duration(left)} left")
 
     def finish(self, state: _State) -> None:
-        self._line(f"{state.done} {state.unit} in {_duration(state.seconds)}", state, "")
+        self._line(f"{state.done} {state.unit} in {format_duration(state.seconds)}", state, "")
 
     def _line(self, count: str, state: _State, left: str) -> None:
         parts = (count, state.rates(), left, state.shown_values())
@@ -152,7 +152,8 @@ def _short(number: float) -> str:
     return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

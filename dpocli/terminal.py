@@ -23,9 +23,9 @@ WIDTH_OF_A_FILE = 160
 """Columns for tables that go to a file or pipe, where there is no window to fit."""
 
 
-def rank_from_environment() -> int:
+def rank_from_environment(launcher: str = "torchrun") -> int:
     """The number that the launcher gave this process; 0 without a launcher."""
-    value = os.environ.get("RANK") or "0"
+    value = os.environ.get("SLURM_PROCID" if launcher == "slurm" else "RANK") or "0"
     return int(value) if value.isdigit() else 0
 
 

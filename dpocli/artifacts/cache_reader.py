@@ -67,18 +67,19 @@ class PairStore:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, directory: Path, *, memory_bytes: int = DEFAULT_MEMORY_BYTES) -> "PairStore":
-        """The pairs of a cache that is complete and whole.
+    def open(cls, directory: Path, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, complete: bool = True) -> "PairStore":
+        """The pairs of a cache that is whole.
 
         Args:
             directory: of the cache.
             memory_bytes: bound of the memory for tokens kept from earlier reads.
+            complete: whether parts may not be missing.
 
         Raises:
             CacheError: it is missing, something else, incomplete, damaged, mixed, or of a newer format.
         """
         footers, columns = [], []
-        for part in _open_parts(directory):
+        for part in _open_parts(directory, complete):
             footers.append(part.footer)
             columns.append(_read_columns(part))
         return cls(directory, footers, PairColumns.joined(columns), memory_bytes)
@@ -190,8 +191,8 @@ def _read_columns(part: OpenPart) -> PairColumns:
     return columns
 
 
-def _open_parts(directory: Path) -> Iterator[OpenPart]:
-    """All parts of a complete cache, in order."""
+def _open_parts(directory: Path, complete: bool) -> Iterator[OpenPart]:
+    """All parts of a cache, in order."""
     names = _part_names(directory)
     first = _open_known(directory / names[0]).footer
     expected = tiles(first.total_rows, first.fingerprint.settings["rows_per_part"])
@@ -204,7 +205,7 @@ def _open_parts(directory: Path) -> Iterator[OpenPart]:
             continue
         _check_membership(part, tile, names[0], first)
         yield part
-    if missing:
+    if missing and complete:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CacheError(
             f"The reference cache {directory} is incomplete: {len(missing)} of {len(expected)} parts are missing ({shown}). {_SAME_LINE}"

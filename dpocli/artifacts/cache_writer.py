@@ -1,5 +1,6 @@
 """Filling a reference cache: which tiles are missing, and how a tile becomes a part."""
 
+import io
 import json
 import logging
 from collections import Counter
@@ -31,10 +32,13 @@ from dpocli.artifacts.cache_format import (
 )
 from dpocli.artifacts.destination import check_destination
 from dpocli.artifacts.files import make_directory, remove_stale_temporaries, write_atomically
-from dpocli.artifacts.fingerprint import Fingerprint, compare
+from dpocli.artifacts.fingerprint import Fingerprint, compare, compare_references
+from dpocli.artifacts.pair_columns import PairColumns
 from dpocli.artifacts.part_file import OpenPart, blank_seal, open_part, seal
-from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped
+from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
 from dpocli.errors import CacheError, DataError, NumericsError
+
+_OF_LENGTH = (SkipReason.TOO_LONG, SkipReason.PROMPT_TOO_LONG, SkipReason.TRUNCATED_AWAY)
 
 _log = logging.getLogger(__name__)
 
@@ -149,7 +153,18 @@ class CacheWriter:
         footer = self._footer(tile, pairs, skipped)
         write_atomically(self.directory / tile.file_name, lambda file: self._write_part(file, pairs, footer))
 
+    def size_of(self, pairs: Sequence[EncodedPair]) -> int:
+        """Bytes that the pairs would take in a part, its footer left out."""
+        file = io.BytesIO()
+        self._write_groups(file, pairs, {})
+        return file.tell()
+
     def _write_part(self, file: BinaryIO, pairs: Sequence[EncodedPair], footer: PartFooter) -> None:
+        num_groups = -(-len(pairs) // ROWS_PER_GROUP)
+        self._write_groups(file, pairs, {FOOTER_KEY: footer.to_json(), SEAL_KEY: blank_seal(num_groups)})
+        seal(file)
+
+    def _write_groups(self, file: BinaryIO, pairs: Sequence[EncodedPair], metadata: Mapping[bytes, Any]) -> None:
         groups = [pairs[start : start + ROWS_PER_GROUP] for start in range(0, len(pairs), ROWS_PER_GROUP)]
         with pq.ParquetWriter(
             file,
@@ -161,8 +176,7 @@ class CacheWriter:
         ) as parquet:
             for group in groups:
                 parquet.write_table(self._to_table(group))
-            parquet.add_key_value_metadata({FOOTER_KEY: footer.to_json(), SEAL_KEY: blank_seal(len(groups))})
-        seal(file)
+            parquet.add_key_value_metadata(metadata)
 
     def _to_table(self, pairs: Sequence[EncodedPair]) -> pa.Table:
         references = [
@@ -228,10 +242,31 @@ class CacheWriter:
     def _check_fingerprint(self, stored: Fingerprint, path: Path) -> None:
         if not (differences := compare(stored, self.fingerprint)):
             return
+        if compare_references(stored, self.fingerprint) or stored.dtype != self.fingerprint.dtype:
+            elsewhere = "another --out"
+        else:
+            elsewhere = f"another --out (with --reuse {self.directory}, which scores only what is not in it)"
         raise CacheError(
             f"The reference cache {self.directory} was made with other settings than these; in {path.name}: "
-            f"{'; '.join(differences)}. Give the settings that it was made with, or another --out, or delete it."
+            f"{'; '.join(differences)}{self._affected(stored)}. Give the settings that it was made with, or {elsewhere}, or "
+            "delete it."
         )
+
+    def _affected(self, stored: Fingerprint) -> str:
+        """How many pairs another --max-length changes, in brackets; empty where that is not what differs."""
+        before, now = (each.settings.get("max_length") for each in (stored, self.fingerprint))
+        if before is None or now is None or before == now:
+            return ""
+        affected = total = 0
+        for path in sorted(self.directory.glob(PART_PATTERN)):
+            with suppress(DamagedPartError, FileNotFoundError):
+                part = open_part(path)
+                columns = PairColumns.of(part.read_small_columns())
+                longest = columns.prompt_tokens + np.maximum(columns.chosen_tokens, columns.rejected_tokens)
+                affected += int((columns.truncated if now > before else longest > now).sum())
+                affected += sum(part.footer.skipped.get(reason, 0) for reason in _OF_LENGTH) if now > before else 0
+                total += part.footer.num_pairs
+        return f" ({affected:,} of {total:,} pairs are affected by max_length)"
 
 
 def _lists(arrays: Sequence[NDArray[Any] | None], dtype: type[np.generic]) -> pa.ListArray:

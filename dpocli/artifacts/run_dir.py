@@ -32,6 +32,8 @@ class RunDirectory:
         command: which of the three writes it.
         rank: number of this process.
         shard: "I/N" of `precompute`; every shard has a status and a configuration of its own in the same directory.
+        companions: whether others may write beside this process, as workers of a cache do. One that finds another at
+            work has a status file of its own, and leaves the configuration to the other.
         say: told when the start is delayed.
     """
 
@@ -42,6 +44,7 @@ class RunDirectory:
         *,
         rank: int = 0,
         shard: str = "0/1",
+        companions: bool = False,
         say: Callable[[str], None] = lambda _: None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -51,6 +54,9 @@ class RunDirectory:
         self._config_path = path / f"config{shard_suffix(shard)}.yaml"
         self._file = StatusFile(path, shard)
         self._failure_path = path / f".failure{shard_suffix(shard)}.json"
+        self._shard, self._companions = shard, companions
+        self.is_companion = False
+        """Whether another writer was there first."""
         self._status = new_status(command)
         self._say, self._sleep = say, sleep
         self._lock: TextIO | None = None
@@ -121,7 +127,7 @@ class RunDirectory:
 
     def write_config(self, options: Options) -> None:
         """Write `config.yaml`, which given back to --config reproduces the command."""
-        if self._is_writer:
+        if self._is_writer and not self.is_companion:
             write_atomically(self._config_path, dump_yaml(options, self._status.command))
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
@@ -134,13 +140,26 @@ class RunDirectory:
         with file_errors_in_words(f"Writing into --out {self.path}"):
             self._lock = self._file.lock_path.open("a")
         try:
-            self._refuse_second_writer(self._lock)
+            try:
+                self._refuse_second_writer(self._lock)
+            except UsageError:
+                if not self._companions:
+                    raise
+                self._become_companion()
             self._failure_path.unlink(missing_ok=True)
             self._write_status()
             self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
         except BaseException:
             self._lock.close()
             raise
+
+    def _become_companion(self) -> None:
+        assert self._lock
+        self._lock.close()
+        self.is_companion = True
+        self._file = StatusFile(self.path, self._shard, f"-{self._status.host}-{self._status.pid}")
+        self._lock = self._file.lock_path.open("a")
+        _try_lock(self._lock)
 
     def _refuse_second_writer(self, lock: TextIO) -> None:
         """Raise unless this is the only live writer.

@@ -98,9 +98,10 @@ def shard_suffix(shard: str) -> str:
 class StatusFile:
     """`status.json`: one for each writer that may work beside others, as the shards of `precompute` do."""
 
-    def __init__(self, directory: Path, shard: str = "0/1") -> None:
-        self.path = directory / f"status{shard_suffix(shard)}.json"
-        self.lock_path = directory / f".status{shard_suffix(shard)}.lock"
+    def __init__(self, directory: Path, shard: str = "0/1", companion: str = "") -> None:
+        name = f"status{shard_suffix(shard)}{companion}"
+        self.path = directory / f"{name}.json"
+        self.lock_path = directory / f".{name}.lock"
 
     def read(self) -> Status | None:
         """What stands there; None where there is nothing that makes sense."""

@@ -1,73 +1,126 @@
 """`dpocli precompute`: the frozen reference scores every pair, once."""
 
+import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, kept_types
+from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, Tile, kept_types
+from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
-from dpocli.artifacts.fingerprint import build_fingerprint
+from dpocli.artifacts.fingerprint import build_fingerprint, compare
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME
+from dpocli.artifacts.reuse import Reusable
 from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.artifacts.triage import triage
+from dpocli.commands import dry_run
+from dpocli.commands.reference import Reference
 from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
-from dpocli.data.preference import EncodedPair
 from dpocli.data.sources import Rows, open_rows
-from dpocli.engine.exactness import PairsInMemory, sample, settle, window_of
-from dpocli.engine.mesh import Processes, launched, pick_device
-from dpocli.engine.model import (
-    dtype_name,
-    environment,
-    load_model,
-    load_tokenizer,
-    locate_model,
-    pick_dtype,
-)
-from dpocli.engine.passes import reference_logps, token_budget
+from dpocli.engine.mesh import launched, pick_device
+from dpocli.engine.model import dtype_name, environment, load_tokenizer, locate_model, pick_dtype
 from dpocli.engine.stop import StopFlag
-from dpocli.engine.throughput import Throughput
-from dpocli.errors import PreemptedError
-from dpocli.objective.scoring import PairScorer
-from dpocli.progress import Progress
+from dpocli.errors import CacheError, PreemptedError
 from dpocli.terminal import Printer, Terminal
 
 ROWS_THAT_DECIDE_TYPES = 1024
 """First rows of the data, from which every worker takes the types of the kept columns."""
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a command line comes to, before anything is written."""
+
+    options: PrecomputeOptions
+    terminal: Terminal
+    device: torch.device
+    dtype: torch.dtype
+    model_directory: Path
+    tokenizer: PreTrainedTokenizerBase
+    rows: Rows
+
+    @classmethod
+    def of(cls, options: PrecomputeOptions, terminal: Terminal) -> "Job":
+        device = pick_device(options.device, options.launcher)
+        dtype = pick_dtype(options.dtype, device)
+        model_directory = locate_model(options)
+        tokenizer = load_tokenizer(model_directory, options)
+        job = cls(options, terminal, device, dtype, model_directory, tokenizer, open_rows(options))
+        check_out(options.out, "precompute")
+        return job
+
+    def writer(self) -> CacheWriter:
+        """Of the cache; nothing of it is opened yet."""
+        options = self.options
+        fingerprint = build_fingerprint(
+            options,
+            tokenizer=self.tokenizer,
+            content=self.rows.content,
+            total_rows=self.rows.num_rows,
+            rows_per_part=options.rows_per_part,
+            model_dir=self.model_directory,
+            dtype=dtype_name(self.dtype),
+            trust_remote_code=options.trust_remote_code,
+            information=environment(self.device),
+            hash_memory_path=None if options.dry_run else options.out / HASH_MEMORY_NAME,
+        )
+        first_rows = (raw.fields for raw in self.rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
+        kept = kept_types(first_rows, options.keep_columns)
+        say = self.terminal.warn
+        return CacheWriter(options.out, fingerprint, self.rows.num_rows, options.rows_per_part, kept, say=say)
+
+    def reference(self, writer: CacheWriter) -> Reference:
+        """Loads nothing yet."""
+        reusable = Reusable.open(self.options.reuse, writer.fingerprint)
+        say = self.terminal.say
+        return Reference(self.model_directory, self.options, self.dtype, self.device, reusable, writer.inform, say)
+
+    def missing(self, writer: CacheWriter) -> list[Tile]:
+        """The tiles that this worker has to make."""
+        rank, num_ranks, _ = launched(self.options.launcher)
+        worker, num_workers = self.options.worker
+        return writer.missing(worker + num_workers * rank, num_workers * num_ranks)
+
+
 def run(options: PrecomputeOptions, terminal: Terminal) -> None:
-    """Fills this worker's share of the cache; tiles that are there already are not touched."""
-    rank, num_ranks, _ = launched()
-    device = pick_device(options.device)
-    dtype = pick_dtype(options.dtype, device)
-    model_directory = locate_model(options)
-    tokenizer = load_tokenizer(model_directory, options)
-    rows = open_rows(options)
-    check_out(options.out, "precompute")
+    """Fills this worker's share of the cache, or only looks: at what that would take, or at what a finished one holds."""
+    job = Job.of(options, terminal)
+    work = _verify if options.verify else _estimate if options.dry_run else _fill
+    work(job)
+
+
+def _fill(job: Job) -> None:
+    """Tiles that are there already are not touched."""
+    options, terminal = job.options, job.terminal
+    rank, _, _ = launched(options.launcher)
     with (
-        RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, say=terminal.say) as out,
+        RunDirectory(
+            options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=terminal.say
+        ) as out,
         StopFlag() as stop,
     ):
-        terminal.say(f"{rows.num_rows:,} rows; reference {options.model} in {dtype_name(dtype)} on {device}")
-        writer = _open_cache(options, rows, model_directory, tokenizer, dtype, device, terminal)
+        terminal.say(
+            f"{job.rows.num_rows:,} rows; reference {options.model} in {dtype_name(job.dtype)} on {job.device}"
+        )
+        writer = job.writer()
+        writer.check()
+        reference = job.reference(writer)
         out.write_config(options)
-        worker, num_workers = options.worker
-        missing = writer.missing(worker + num_workers * rank, num_workers * num_ranks)
-        tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
-        budget = token_budget(options.token_budget, device)
-
-        @cache
-        def reference() -> Reference:
-            """Loaded when the first tile needs it: a cache that is complete costs no model."""
-            model = load_model(model_directory, options, dtype, device)
-            return Reference(PairScorer(model, token_budget=budget), options, writer, terminal)
+        missing = job.missing(writer)
+        if out.is_companion:
+            # Others begin at the beginning; whoever starts elsewhere meets them late.
+            start = random.randrange(max(len(missing), 1))
+            missing = missing[start:] + missing[:start]
+            terminal.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
+        tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options), options, terminal)
 
         def go_on() -> None:
             """The open tile is thrown away: what counts is that the node is left in time."""
@@ -78,74 +131,49 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
             terminal.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
             writing_behind(writer) as parts,
         ):
-            for tile, pairs, skipped in tiles.encode(missing):
+            still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
+            for tile, pairs, skipped in tiles.encode(still_missing):
                 go_on()
-                scored = reference().score(pairs, progress, go_on) if pairs else []
-                parts.write(tile, scored, skipped)
+                parts.write(tile, reference.complete(pairs, progress, go_on), skipped)
                 progress.update(advance=len(skipped))
-        summary = _summary(options, writer, tiles)
-        if reference.cache_info().currsize:
-            summary["scoring"] = reference().throughput.summary()
-        judge_skips(Counter(summary["skipped"]), rows.num_rows, options.max_skipped)
+        summary = _summary(options, writer, tiles) | reference.figures()
+        judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.max_skipped)
+        if summary["complete"] and summary["pairs"]:
+            summary["triage"] = triage(PairStore.open(options.out)).to_json()
         out.write_summary(summary)
         terminal.result(summary, lambda printer: _render(printer, summary))
 
 
-class Reference:
-    """The frozen model, laid out the fastest way that is exact for it."""
-
-    def __init__(self, scorer: PairScorer, options: PrecomputeOptions, writer: CacheWriter, terminal: Terminal) -> None:
-        self.throughput = Throughput(scorer)
-        self._scorer, self._options, self._writer, self._terminal = scorer, options, writer, terminal
-        self._longest_tried = 0
-
-    def score(
-        self, pairs: Sequence[EncodedPair], progress: Progress, go_on: Callable[[], None]
-    ) -> Sequence[EncodedPair]:
-        """The pairs of a tile with their log-probs."""
-        self._settle(pairs)
-        with self.throughput.clock():
-            return reference_logps(self._scorer, pairs, progress, go_on)
-
-    def _settle(self, pairs: Sequence[EncodedPair]) -> None:
-        """Once; and again where pairs come that reach further beyond what the model looks back over."""
-        tile = PairsInMemory(pairs)
-        longest, window = int(tile.lengths.max()), window_of(self._scorer)
-        if self._longest_tried and not (window and longest > max(window, 1.25 * self._longest_tried)):
-            return
-        alone = Processes(0, 1, self._scorer.model.device)
-        tried = sample(self._scorer, [tile], seed=0)
-        settle(self._scorer, tried, self._options.scoring, alone, self._terminal.say)
-        self._longest_tried = longest
-        self._writer.inform(environment(self._scorer.model.device, self._scorer))
+def _unless_present(tiles: Iterable[Tile], writer: CacheWriter, skip: Callable[[Tile], None]) -> Iterator[Tile]:
+    """Each tile, unless another worker has made it by the time that it is asked for."""
+    for tile in tiles:
+        if writer.is_present(tile):
+            skip(tile)
+        else:
+            yield tile
 
 
-def _open_cache(
-    options: PrecomputeOptions,
-    rows: Rows,
-    model_directory: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-    device: torch.device,
-    terminal: Terminal,
-) -> CacheWriter:
-    fingerprint = build_fingerprint(
-        options,
-        tokenizer=tokenizer,
-        content=rows.content,
-        total_rows=rows.num_rows,
-        rows_per_part=options.rows_per_part,
-        model_dir=model_directory,
-        dtype=dtype_name(dtype),
-        trust_remote_code=options.trust_remote_code,
-        information=environment(device),
-        hash_memory_path=options.out / ".hashes.json",
-    )
-    first_rows = (raw.fields for raw in rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
-    kept = kept_types(first_rows, options.keep_columns)
-    writer = CacheWriter(options.out, fingerprint, rows.num_rows, options.rows_per_part, kept, say=terminal.warn)
-    writer.check()
-    return writer
+def _estimate(job: Job) -> None:
+    writer = job.writer()
+    left = sum(tile.num_rows for tile in job.missing(writer))
+    encoder = Encoder(job.tokenizer, job.options)
+    with job.terminal.progress(None, "probe") as progress:
+        figures = dry_run.estimate(job.rows, encoder, job.options, writer, job.reference(writer), left, progress)
+    job.terminal.result(figures, lambda printer: dry_run.render(printer, figures))
+
+
+def _verify(job: Job) -> None:
+    options = job.options
+    assert options.verify
+    writer, store = job.writer(), PairStore.open(options.out)
+    if differences := compare(store.fingerprint, writer.fingerprint):
+        raise CacheError(
+            f"--verify: the cache {options.out} was made with other settings than these ({'; '.join(differences)}). Give those "
+            "that it was made with."
+        )
+    found = job.reference(writer).verify(store, options.verify)
+    figures = {"out": str(options.out), "verified": asdict(found)}
+    job.terminal.result(figures, lambda printer: printer.say(f"{options.out} holds what this model gives: {found}."))
 
 
 def _summary(options: PrecomputeOptions, writer: CacheWriter, tiles: TileEncoder) -> dict[str, Any]:
@@ -174,11 +202,26 @@ def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
         f"{summary['out']}: {summary['pairs']:,} pairs of {summary['rows']:,} rows, {summary['tokens']:,} tokens, "
         f"{summary['truncated']:,} pairs truncated; {state}."
     )
+    if summary["reused"]:
+        printer.say(f"  {summary['reused']:,} pairs taken over from --reuse")
     for reason, count in summary["skipped"].items():
         printer.say(f"  {count:,} rows skipped: {reason}")
     for row in summary["skipped_rows"][:5]:
         detail = f" ({row['detail']})" if row["detail"] else ""
         printer.say(f"    {row['where']}: {row['reason']}{detail}")
+    if found := summary.get("triage"):
+        _render_triage(printer, found)
+
+
+def _render_triage(printer: Printer, found: Mapping[str, Any]) -> None:
+    printer.say(
+        f"The reference prefers the chosen side in {found['reference_accuracy']:.1%} of the pairs "
+        f"({found['reference_accuracy_per_token']:.1%} per token); the longer side is the chosen one in "
+        f"{found['pick_the_longer_accuracy']:.1%} (median difference {found['median_length_difference']:+,.0f} tokens)."
+    )
+    for finding in found["findings"]:
+        rows = ", ".join(map(str, finding["rows"][:8])) + (", …" if finding["count"] > 8 else "")
+        printer.say(f"  {finding['count']:,} {finding['name']}: rows {rows} ({finding['meaning']})")
 
 
 def _stopped(writer: CacheWriter) -> str:

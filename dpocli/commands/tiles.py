@@ -2,9 +2,10 @@
 data without one."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 
 from dpocli.artifacts.cache_format import Tile
 from dpocli.artifacts.cache_writer import CacheWriter
@@ -29,17 +30,20 @@ class TileEncoder:
         self._told: set[str] = set()
         self._skipped: Counter[str] = Counter()
 
-    def encode(self, tiles: Sequence[Tile]) -> Iterator[Encoded]:
+    def encode(self, tiles: Iterable[Tile]) -> Iterator[Encoded]:
         """The pairs of each tile, and the rows that gave none; the next tile is encoded while one is in use.
+
+        The tiles are asked for one by one, each just before it is encoded.
 
         Raises:
             DataError: a row cannot be read, or more rows than `--max-skipped` allows are certain to be skipped.
         """
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as ahead:
-            upcoming = [ahead.submit(self._encode, tile) for tile in tiles[:1]]
-            for index in range(len(tiles)):
+            left = iter(tiles)
+            upcoming = [ahead.submit(self._encode, tile) for tile in islice(left, 1)]
+            while upcoming:
                 encoded, notices = upcoming.pop().result()
-                upcoming += [ahead.submit(self._encode, tile) for tile in tiles[index + 1 : index + 2]]
+                upcoming += [ahead.submit(self._encode, tile) for tile in islice(left, 1)]
                 self._tell(notices)
                 _, _, skipped = encoded
                 self._skipped.update(str(row.reason) for row in skipped)

@@ -161,7 +161,8 @@ def _check_step0(
     """Binding where the policy starts as the reference; else the difference is information."""
     tolerance = options.step0_tolerance or step0.TOLERANCE[dtype]
     with policy.at_rest():
-        found = step0.measure(policy.scorer, training, options.seed, tolerance, processes)
+        positions = step0.chosen_positions(training, options.seed)
+        found = step0.measure(policy.scorer, training, positions, tolerance, processes)
     if not np.isfinite(found.mean):
         raise NumericsError(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "

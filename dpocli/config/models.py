@@ -175,8 +175,22 @@ NUMBERS_OF_LOSSES = ("beta", *all_hyperparameters())
 class PrecomputeOptions(ModelOptions, DataOptions, Options):
     """Score every pair with the frozen reference model, once."""
 
+    reuse: list[Path] = _option(
+        [], Panel.MAIN, "old cache whose log-probs are taken over for the pairs that it holds (repeatable)"
+    )
+    dry_run: bool = _option(False, Panel.RUN, "tell rows, tokens, parts, bytes and expected time; touch nothing")
+    verify: int | None = _option(
+        None, Panel.RUN, "score N random pairs of the finished cache again, and compare; write nothing", ge=1
+    )
+
     shard: str = _option(
         "0/1", Panel.RUN, "I/N: this worker does the tiles with index I modulo N", pattern=r"^\d+/\d+$"
+    )
+    launcher: Literal["torchrun", "slurm"] = _option(
+        "torchrun",
+        Panel.RUN,
+        "whose environment says which of several processes this is: torchrun's (nothing where it did not start this), or that "
+        "of srun with one process per device",
     )
     rows_per_part: int = _option(
         4096, Panel.RUN, "source rows per Parquet part (the unit that is lost when killed)", ge=1
@@ -186,6 +200,10 @@ class PrecomputeOptions(ModelOptions, DataOptions, Options):
     def _data_and_shard(self) -> Self:
         if not self.data:
             raise ValueError("data: missing; give the preference rows, for example --data prefs.jsonl")
+        if self.dry_run and self.verify:
+            raise ValueError("verify: --dry-run touches no cache, and --verify looks into one; give one of them")
+        if self.out in self.reuse:
+            raise ValueError("reuse: --out names the same cache; an old cache is never written")
         index, count = self.worker
         if not index < count:
             raise ValueError(f"shard: {self.shard} is no worker; I/N needs 0 <= I < N, so the last of N is N-1/N")

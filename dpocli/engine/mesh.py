@@ -61,14 +61,32 @@ class Processes:
             dist.barrier()
 
 
-def launched() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) from the environment of torchrun and its kin."""
+Launcher = Literal["torchrun", "slurm"]
+
+
+def launched(launcher: Launcher = "torchrun") -> tuple[int, int, int]:
+    """(rank, number of processes, rank on this machine) from the environment of torchrun and its kin, or of srun."""
+    if launcher == "slurm":
+        return _launched_by_slurm()
     rank, count, local_rank = (_number(*entry) for entry in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if rank >= count or (count > 1 and not os.environ.get("MASTER_ADDR")):
         raise UsageError(
             f"RANK={rank}, WORLD_SIZE={count} and MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} in the environment do not fit "
             "together. Start with a launcher (torchrun), or unset them."
         )
+    return rank, count, local_rank
+
+
+def _launched_by_slurm() -> tuple[int, int, int]:
+    """As srun counts its tasks; they need not know of each other."""
+    if "SLURM_PROCID" not in os.environ:
+        raise UsageError(
+            "--launcher slurm: SLURM_PROCID is not in the environment, so srun did not start this. Begin the line with srun."
+        )
+    names = (("SLURM_PROCID", 0), ("SLURM_NTASKS", 1), ("SLURM_LOCALID", 0))
+    rank, count, local_rank = (_number(*entry) for entry in names)
+    if rank >= count:
+        raise UsageError(f"SLURM_PROCID={rank} and SLURM_NTASKS={count} in the environment do not fit together.")
     return rank, count, local_rank
 
 
@@ -81,14 +99,14 @@ def _number(name: str, default: int) -> int:
     return int(value)
 
 
-def pick_device(choice: Literal["auto", "cpu", "cuda"]) -> torch.device:
+def pick_device(choice: Literal["auto", "cpu", "cuda"], launcher: Launcher = "torchrun") -> torch.device:
     """The device that this process computes on."""
     available = torch.cuda.is_available()
     if choice == "cuda" and not available:
         raise UsageError("--device cuda: torch sees no CUDA device here. Use --device cpu, or check the driver.")
     if choice == "cpu" or not available:
         return torch.device("cpu")
-    _, _, local_rank = launched()
+    _, _, local_rank = launched(launcher)
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.status import is_out_of_memory
 from dpocli.data.batches import Layout, Packing, PairBatch, deal, pack
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.engine.mesh import Processes
@@ -73,16 +74,22 @@ def reference_logps(
 ) -> list[EncodedPair]:
     """The same pairs, in the same order, with the log-probs that the scorer gives them.
 
-    `go_on` is called before each forward pass, and may raise to stop.
+    A pass for which the memory is not enough is made in two. `go_on` is called before each pass, and may raise to stop.
     """
     sizes = [scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs]
+    todo = pack(sizes, scorer.packing)[::-1]
     passes: list[tuple[list[int], PairBatch, TokenLogps]] = []
-    for members in pack(sizes, scorer.packing):
+    while todo:
         go_on()
+        members = todo.pop()
         with torch.no_grad():
-            batch, tokens = score(scorer, [pairs[index] for index in members])
-        passes.append((members, batch, tokens))
-        progress.update(pairs=len(members), tokens=batch.num_tokens)
+            outcome = _score_if_it_fits(scorer, [pairs[index] for index in members])
+        if outcome is None:
+            half = len(members) // 2
+            todo += [members[half:], members[:half]]
+            continue
+        passes.append((members, *outcome))
+        progress.update(pairs=len(members), tokens=outcome[0].num_tokens)
     scored: list[EncodedPair] = list(pairs)
     # Fetched at the end, so that no pass waits for the one before it to leave the accelerator.
     for members, batch, tokens in passes:
@@ -91,6 +98,20 @@ def reference_logps(
         for index, logps in zip(members, map(ReferenceLogps, chosen, rejected), strict=True):
             scored[index] = replace(pairs[index], reference=logps)
     return scored
+
+
+def _score_if_it_fits(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, TokenLogps] | None:
+    """None where memory runs out over several pairs."""
+    try:
+        return score(scorer, pairs)
+    except Exception as error:
+        if len(pairs) == 1 or not is_out_of_memory(error):
+            raise
+    # Here, where the error no longer holds on to what the pass had allocated.
+    scorer.tally.splits += 1
+    if scorer.model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
 
 
 def token_budget(given: int | None, device: torch.device) -> int:

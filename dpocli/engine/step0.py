@@ -43,12 +43,13 @@ class Step0:
         )
 
 
-def measure(scorer: PairScorer, view: PairView, seed: int, tolerance: float, processes: Processes) -> Step0:
-    """Scores 32 pairs drawn by the seed and the 4 longest with the live model, beside their cached values.
+def measure(
+    scorer: PairScorer, view: PairView, positions: NDArray[np.int64], tolerance: float, processes: Processes
+) -> Step0:
+    """Scores the pairs at some positions (`chosen_positions`) with the live model, beside their cached values.
 
     The model is taken as it is: the caller sees to it that no dropout is on.
     """
-    positions = chosen_positions(view, seed)
     per_pair: list[tuple[int, float, float, int]] = []
     with torch.no_grad():
         for _, pairs in my_passes(view, positions, scorer.packing, processes):
@@ -80,7 +81,7 @@ def measure(scorer: PairScorer, view: PairView, seed: int, tolerance: float, pro
 
 
 def chosen_positions(view: PairView, seed: int) -> NDArray[np.int64]:
-    """Positions in the view of the pairs to check."""
+    """Positions in the view of the pairs to check: 32 drawn by the seed, and the 4 longest."""
     drawn = np.random.default_rng([seed, 0x57E9]).permutation(len(view))[:NUM_DRAWN]
     longest = np.argsort(-view.lengths, kind="stable")[:NUM_LONGEST]
     return np.unique(np.concatenate([drawn, longest]))

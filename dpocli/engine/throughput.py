@@ -53,6 +53,7 @@ class Throughput:
             "tokens_computed": tally.computed,
             "tokens_unique": tally.unique,
             "padding_share": round(tally.padding / tally.computed, 4),
+            "passes_split": tally.splits,
             "seconds": round(self._seconds, 3),
             "unique_tokens_per_second": round(tally.unique / self._seconds, 1),
             "fraction_of_flop_floor": round(floor / self._seconds, 3),

@@ -36,6 +36,8 @@ class Tally:
     """Tokens of the sides, whose log-probs were taken."""
     attended: float = 0.0
     """(Query, key) pairs that attention has to look at, each prompt once."""
+    splits: int = 0
+    """Passes that did not fit into memory, and were made in two."""
     with_gradient_only: bool = False
     """Whether passes without a graph are left out."""
 

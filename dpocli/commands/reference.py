@@ -1,0 +1,114 @@
+"""The frozen reference of `precompute`: loaded when it is first needed, laid out the fastest way that is exact for it."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.reuse import Reusable
+from dpocli.config.models import PrecomputeOptions
+from dpocli.data.preference import EncodedPair
+from dpocli.engine import step0
+from dpocli.engine.exactness import PairsInMemory, sample, settle, window_of
+from dpocli.engine.mesh import Processes
+from dpocli.engine.model import environment, load_model
+from dpocli.engine.passes import PairView, reference_logps, token_budget
+from dpocli.engine.throughput import Throughput
+from dpocli.errors import CacheError
+from dpocli.objective.scoring import PairScorer
+from dpocli.progress import Progress
+
+
+class Reference:
+    """Gives pairs their log-probs: taken over from old caches where they have them, else scored.
+
+    Args:
+        directory: of the model. It is not loaded before a pair has to be scored.
+        options: of the command.
+        dtype: of the forward pass.
+        device: to compute on.
+        reusable: old caches.
+        inform: told how pairs are scored (information for the parts).
+        say: told what the user should know.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        options: PrecomputeOptions,
+        dtype: torch.dtype,
+        device: torch.device,
+        reusable: Reusable,
+        inform: Callable[[dict[str, str]], None],
+        say: Callable[[str], None],
+    ) -> None:
+        self._directory, self._options, self._dtype = directory, options, dtype
+        self._alone = Processes(0, 1, device)
+        self.reusable = reusable
+        self._inform, self._say = inform, say
+        self._longest_tried = 0
+        self._num_reused = 0
+
+    def complete(
+        self, pairs: Sequence[EncodedPair], progress: Progress, go_on: Callable[[], None]
+    ) -> list[EncodedPair]:
+        """The pairs of a tile, in their order, with log-probs. `go_on` is called before each pass, and may raise."""
+        known = self.reusable.take_over(pairs)
+        open_places = [place for place, pair in enumerate(known) if pair.reference is None]
+        self._num_reused += len(known) - len(open_places)
+        progress.update(pairs=len(known) - len(open_places))
+        if open_places:
+            todo = [known[place] for place in open_places]
+            self._settle(todo)
+            with self._throughput.clock():
+                scored = reference_logps(self._scorer, todo, progress, go_on)
+            for place, pair in zip(open_places, scored, strict=True):
+                known[place] = pair
+        return known
+
+    def verify(self, store: PairStore, count: int) -> step0.Step0:
+        """Scores pairs of a cache again, drawn anew each time.
+
+        Raises:
+            CacheError: they are not what the cache holds.
+        """
+        positions = np.sort(np.random.default_rng().permutation(len(store))[:count])
+        self._settle(store.load(positions))
+        tolerance = step0.TOLERANCE[self._dtype]
+        view = PairView(store, np.arange(len(store)))
+        found = step0.measure(self._scorer, view, positions, tolerance, self._alone)
+        if not found.holds:
+            raise CacheError(
+                f"--verify {count}: the cache {store.directory} does not hold what this model gives: {found}. If versions or "
+                "devices differ from when it was made, that may be their arithmetic; else make the cache anew."
+            )
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """For `summary.json`: how pairs were scored, and how many were not."""
+        used = {"scoring": self._throughput.summary()} if self._longest_tried else {}
+        return {"reused": self._num_reused} | used
+
+    @cached_property
+    def _scorer(self) -> PairScorer:
+        device = self._alone.device
+        model = load_model(self._directory, self._options, self._dtype, device)
+        return PairScorer(model, token_budget=token_budget(self._options.token_budget, device))
+
+    @cached_property
+    def _throughput(self) -> Throughput:
+        return Throughput(self._scorer)
+
+    def _settle(self, pairs: Sequence[EncodedPair]) -> None:
+        """Once; and again where pairs come that reach further beyond what the model looks back over."""
+        tile = PairsInMemory(pairs)
+        longest, window = int(tile.lengths.max()), window_of(self._scorer)
+        if self._longest_tried and not (window and longest > max(window, 1.25 * self._longest_tried)):
+            return
+        settle(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._alone, self._say)
+        self._longest_tried = longest
+        self._inform(environment(self._alone.device, self._scorer))
