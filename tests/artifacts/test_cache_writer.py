@@ -79,7 +79,8 @@ def test_other_settings_are_refused_with_the_fields(tmp_path):
     writer, _ = new_writer(tmp_path, max_length=128)
     for refusing in (writer.check, writer.missing, writer.progress):
         with pytest.raises(
-            CacheError, match=r"max_length: 64 -> 128\. Give the settings .* another --out, or delete it"
+            CacheError,
+            match=r"max_length: 64 -> 128 .\d+ of \d+ pairs are affected.* Give the settings .* another --out .with --reuse .*, or delete it",
         ):
             refusing()
 

@@ -39,6 +39,10 @@ NEVER_IN_THE_FINGERPRINT = {
     "max_skipped": "whether it stops",
     "scratch": "a place",
     "shard": "who does it",
+    "launcher": "who does it",
+    "reuse": "values of the same reference are the same values",
+    "verify": "looks only",
+    "dry_run": "looks only",
     "rows_per_part": "stands there by its own name",
 }
 
@@ -153,6 +157,8 @@ IRRELEVANT = [
     {"token_budget": 64},
     {"device": "cpu"},
     {"shard": "3/8"},
+    {"reuse": ["old"]},
+    {"scoring": "padded"},
     {"on_bad_row": "skip"},
     {"max_skipped": 0.9},
     {"scratch": "elsewhere"},

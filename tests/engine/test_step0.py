@@ -59,7 +59,7 @@ def view_of(scorer: PairScorer, pairs: Sequence[EncodedPair], shift: float = 0.0
 def test_noise_is_allowed_and_a_direction_is_not(shift: float, noise: float, holds: bool) -> None:
     scorer = PairScorer(build("llama-tied"))
     view = view_of(scorer, random_pairs(60, longest=40), shift, noise)
-    found = step0.measure(scorer, view, seed=0, tolerance=0.08, processes=ALONE)
+    found = step0.measure(scorer, view, step0.chosen_positions(view, 0), tolerance=0.08, processes=ALONE)
     assert found.holds is holds
     assert found.mean == pytest.approx(max(abs(shift), noise), abs=1e-5)
     if shift:
@@ -71,7 +71,7 @@ def test_the_worst_pair_is_named() -> None:
     view = view_of(scorer, random_pairs(20))
     bad = view.store.pairs[7]  # type: ignore[attr-defined]
     bad.reference.rejected[:] += 1.0
-    found = step0.measure(scorer, view, seed=0, tolerance=1e-4, processes=ALONE)
+    found = step0.measure(scorer, view, step0.chosen_positions(view, 0), tolerance=1e-4, processes=ALONE)
     assert (found.worst_row, found.holds) == (7, False)
 
 
