@@ -122,15 +122,18 @@ def _fill(job: Job) -> None:
             terminal.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
         tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options), options, terminal)
 
-        def go_on() -> None:
-            """The open tile is thrown away: what counts is that the node is left in time."""
-            if stop or out.stop_requested():
-                raise PreemptedError(_stopped(writer))
-
         with (
             terminal.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
             writing_behind(writer) as parts,
         ):
+
+            def go_on() -> None:
+                """The open tile is thrown away: what counts is that the node is left in time."""
+                parts.check()
+                if stop or out.stop_requested():
+                    parts.wait()
+                    raise PreemptedError(_stopped(writer))
+
             still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
             for tile, pairs, skipped in tiles.encode(still_missing):
                 go_on()

@@ -107,7 +107,9 @@ class Reference:
         """Once; and again where pairs come that reach further beyond what the model looks back over."""
         tile = PairsInMemory(pairs)
         longest, window = int(tile.lengths.max()), window_of(self._scorer)
-        if self._longest_tried and not (window and longest > max(window, 1.25 * self._longest_tried)):
+        reaches_further = window and longest > window and longest > 1.25 * self._longest_tried
+        is_first_beyond = window and self._longest_tried <= window < longest
+        if self._longest_tried and not (reaches_further or is_first_beyond):
             return
         settle(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._alone, self._say)
         self._longest_tried = longest

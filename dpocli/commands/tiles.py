@@ -1,9 +1,10 @@
 """Source rows tile by tile into a store of encoded pairs: what precompute does with a reference, and training on raw
 data without one."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 
@@ -28,6 +29,7 @@ class TileEncoder:
         self.options = options
         self.terminal = terminal
         self._told: set[str] = set()
+        self._is_over = threading.Event()
         self._skipped: Counter[str] = Counter()
 
     def encode(self, tiles: Iterable[Tile]) -> Iterator[Encoded]:
@@ -38,7 +40,7 @@ class TileEncoder:
         Raises:
             DataError: a row cannot be read, or more rows than `--max-skipped` allows are certain to be skipped.
         """
-        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as ahead:
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode") as ahead, self._until_over():
             left = iter(tiles)
             upcoming = [ahead.submit(self._encode, tile) for tile in islice(left, 1)]
             while upcoming:
@@ -51,10 +53,22 @@ class TileEncoder:
                 yield encoded
 
     def _encode(self, tile: Tile) -> tuple[Encoded, list[str]]:
-        results = list(encode_rows(self.rows, self.encoder, self.options, tile.start, tile.stop))
+        results = []
+        for result in encode_rows(self.rows, self.encoder, self.options, tile.start, tile.stop):
+            if self._is_over.is_set():
+                raise CancelledError
+            results.append(result)
         pairs = [result for result in results if isinstance(result, EncodedPair)]
         skipped = [result for result in results if isinstance(result, Skipped)]
         return (tile, pairs, skipped), list(self.encoder.notices)
+
+    @contextmanager
+    def _until_over(self) -> Iterator[None]:
+        """Whoever leaves does not wait for a tile that nobody will use."""
+        try:
+            yield
+        finally:
+            self._is_over.set()
 
     def _tell(self, notices: Sequence[str]) -> None:
         for notice in notices:
@@ -78,6 +92,11 @@ class PartsBehind:
     def wait(self) -> None:
         """Until everything that was given is on the disk."""
         if self._last:
+            self._last.result()
+
+    def check(self) -> None:
+        """Raises what the part before has raised, if it has by now."""
+        if self._last and self._last.done():
             self._last.result()
 
 

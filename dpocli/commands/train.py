@@ -76,6 +76,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
                 processes,
                 terminal.say,
                 policy.gradient_of,
+                dropout=options.model_dropout,
             )
         describe(terminal, options, loss, policy, training, held_out, schedule, dtype)
         trainer = Trainer(

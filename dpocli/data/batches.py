@@ -61,10 +61,9 @@ class Packing:
     """Tokens of a pass, padding included."""
 
     def fixed_width(self, tokens: int) -> int:
-        """The width of a row for so many tokens, where few different ones are wanted: the budget, a half, a quarter or an
-        eighth of it, or a multiple."""
-        widths = [self.token_budget // part for part in (8, 4, 2, 1)]
-        return next((width for width in widths if width >= tokens), -(-tokens // widths[-1]) * widths[-1])
+        """The width of a row for so many tokens, where few different ones are wanted: multiples of a 16th of the budget."""
+        step = max(128, self.token_budget // 16)
+        return -(-tokens // step) * step
 
 
 @dataclass(frozen=True, slots=True)

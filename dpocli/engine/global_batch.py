@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpocli.data.batches import transfer
 from dpocli.engine.mesh import Processes
 from dpocli.objective.logps import PairLogps, Wanted
 
@@ -28,7 +29,7 @@ class GlobalBatch:
     def places(self, positions: NDArray[np.int64]) -> torch.Tensor:
         """Where in the batch these pairs stand. Shape (some pairs,), int64."""
         places = self._order[np.searchsorted(self._sorted, positions)]
-        return torch.from_numpy(places).to(self._processes.device)
+        return transfer(torch.from_numpy(places), self._processes.device)
 
     def put(self, positions: NDArray[np.int64], logps: PairLogps) -> None:
         """Fills in some pairs, which no other call and no other process fills in."""

@@ -52,6 +52,7 @@ class Throughput:
         return facts | {
             "tokens_computed": tally.computed,
             "tokens_unique": tally.unique,
+            "tokens_scored": tally.scored,
             "padding_share": round(tally.padding / tally.computed, 4),
             "passes_split": tally.splits,
             "seconds": round(self._seconds, 3),

@@ -20,6 +20,9 @@ from dpocli.objective.rows import Segment
 
 BLOCK = 128
 TRUNK = -1
+NO_WINDOW = 2**30
+KERNELS = 64
+"""Shapes that are compiled before the compiler gives up; it counts few by itself, and then silently makes all scores."""
 
 
 def try_kernel(model: PreTrainedModel, dtype: torch.dtype, *, backward: bool) -> None:
@@ -28,6 +31,9 @@ def try_kernel(model: PreTrainedModel, dtype: torch.dtype, *, backward: bool) ->
     Raises:
         Exception: whatever a missing compiler, or a device without resources for the kernel, raises.
     """
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, KERNELS)
+    limits.fail_on_recompile_limit_hit = True
     config = model.config.get_text_config()
     heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -132,12 +138,13 @@ class BlockMasks:
     def sees(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Which token sees which: a function of batch, head, query and key."""
         segment, branch, position = self._tokens.segment, self._tokens.branch, self._tokens.position
+        # A tensor, so that the kernel is compiled once for all windows and none.
+        reach = transfer(torch.tensor(NO_WINDOW if window is None else window, dtype=torch.int32), self._device)
 
         def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             distance = position[query] - position[key]
             of_mine = (branch[key] == TRUNK) | (branch[key] == branch[query])
-            upwards = (segment[query] == segment[key]) & of_mine & (distance >= 0)
-            return upwards if window is None else upwards & (distance < window)
+            return (segment[query] == segment[key]) & of_mine & (distance >= 0) & (distance < reach)
 
         return seen
 
@@ -165,8 +172,11 @@ def _blocks(runs: list[_Run], count: int, window: int | None) -> tuple[NDArray[n
     touched = np.zeros((count, count), dtype=np.bool_)
     filled = np.zeros((count, count), dtype=np.bool_)
     index = np.arange(count)
+    of_segment: dict[int, list[_Run]] = {}
+    for run in runs:
+        of_segment.setdefault(run.segment, []).append(run)
     for queries in runs:
-        for keys in filter(queries.sees, runs):
+        for keys in filter(queries.sees, of_segment[queries.segment]):
             # Distance in the sequence of the last query of a block from the first key of another.
             shift = (queries.position - queries.start) - (keys.position - keys.start)
             nearest = index[:, None] * BLOCK - (index[None] + 1) * BLOCK + 1 + shift

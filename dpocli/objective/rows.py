@@ -98,7 +98,8 @@ class Rows:
         return replace(
             self,
             input_ids=nn.functional.pad(self.input_ids, (0, missing)),
-            position_ids=torch.cat([self.position_ids, torch.arange(missing)[None]], dim=1),
+            # All at 0: positions beyond those of the pairs could leave a model's table, or change its frequencies.
+            position_ids=nn.functional.pad(self.position_ids, (0, missing)),
             segments=(*self.segments, Segment(0, (missing,))),
         )
 

@@ -21,7 +21,7 @@ LIMIT = 24
 PRECOMPUTE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", LIMIT, "--rows-per-part", 8)
 TRAINING = ("--learning-rate", "5e-4", "--batch-size", 8, "--max-steps", 4, "--token-budget", 700)
 RECORD = {
-    "scoring", "attention", "tokens_computed", "tokens_unique", "padding_share", "seconds", "unique_tokens_per_second",
+    "scoring", "attention", "tokens_computed", "tokens_unique", "tokens_scored", "padding_share", "passes_split", "seconds", "unique_tokens_per_second",
     "fraction_of_flop_floor",
 }  # fmt: skip
 
@@ -239,7 +239,7 @@ def test_a_model_that_cannot_share_is_scored_plainly_and_that_is_said(
     line = ("precompute", "--model", recurrent, "--data", TRAIN, "--limit", 4, "--out", tmp_path / "cache")
     result = dpocli(*line)
     assert result.code == 0, result.err
-    assert "Scoring is padded with sdpa; what is faster is not exact here" in result.err
+    assert "Scoring is padded with sdpa; what is faster cannot be used here" in result.err
     assert summary_of(tmp_path / "cache")["scoring"]["scoring"] == "padded"
 
 

@@ -104,7 +104,7 @@ def test_dealing_to_one_is_packing(layout: Layout) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "width"),
-    [(1, 512), (512, 512), (513, 1024), (1025, 2048), (2049, 4096), (4096, 4096), (4097, 8192), (9000, 12288)],
+    [(1, 256), (256, 256), (257, 512), (3000, 3072), (4096, 4096), (4097, 4352), (9000, 9216)],
 )
 def test_rows_have_one_of_few_widths(tokens: int, width: int) -> None:
     assert Packing(Layout.SHARED, 4096).fixed_width(tokens) == width
@@ -112,11 +112,10 @@ def test_rows_have_one_of_few_widths(tokens: int, width: int) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(budget=st.integers(1, 5000), tokens=st.integers(1, 20_000))
-def test_a_width_has_room_and_there_are_five_within_the_budget(budget: int, tokens: int) -> None:
-    packing = Packing(Layout.SHARED, budget)
-    width = packing.fixed_width(tokens)
-    assert width >= tokens
-    assert width % budget == 0 or width in {budget // 2, budget // 4, budget // 8}
+def test_a_width_has_room_wastes_little_and_is_one_of_few(budget: int, tokens: int) -> None:
+    width, step = Packing(Layout.SHARED, budget).fixed_width(tokens), max(128, budget // 16)
+    assert tokens <= width < tokens + step
+    assert width % step == 0
 
 
 @everywhere

@@ -221,6 +221,20 @@ def test_a_refusal_without_a_trial_has_a_reason_too(make: Callable[[], PairScore
         settled(make(), asked=asked)
 
 
+def test_rows_in_which_pairs_notice_each_other_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By so little that the noise of bfloat16 would hide it."""
+
+    def leaking(plain: Attention, arguments: dict[str, Any]) -> Output:
+        return plain(**arguments)[0] + 0.01 * arguments["value"][:, :, :1].sum().sin(), None
+
+    altered(monkeypatch, leaking)
+    scorer = PairScorer(build("llama-tied"))
+    scorer.compute_dtype = torch.bfloat16
+    outcome = settled(scorer)
+    assert outcome.layout is Layout.PADDED
+    assert "shared: log-probs depend on what else stands in the row" in outcome.said[0]
+
+
 def test_gradients_that_differ_are_noticed_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
     altered(monkeypatch, twice_the_gradient)
     assert settled(build("llama-tied")).layout is Layout.SHARED
@@ -272,7 +286,8 @@ def test_what_is_no_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients_that_are_no_numbers_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(plain: Attention, arguments: dict[str, Any]) -> Output:
         output = plain(**arguments)[0]
-        output.register_hook(lambda gradient: gradient * float("nan"))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradient * float("nan"))
         return output, None
 
     altered(monkeypatch, broken)
@@ -320,7 +335,7 @@ def test_all_processes_leave_a_way_that_one_of_them_refuses() -> None:
     processes = WithAnother(0, 1, torch.device("cpu"))
     outcome = settled(build("llama-tied"), processes=processes)
     assert outcome.layout is Layout.PACKED
-    assert processes.answers == [True, False]
+    assert processes.answers == [True, False, False]
     assert "shared: refused on another process" in outcome.said[0]
 
 

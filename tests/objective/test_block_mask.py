@@ -1,5 +1,6 @@
 """The block mask shows each token what its own sequence has up to it, and its lists of blocks leave nothing out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import PreTrainedModel
 from transformers.integrations import flex_attention as library
 
 from dpocli.data.batches import Layout, PairBatch
@@ -16,7 +18,7 @@ from dpocli.objective.rows import Segment
 from dpocli.objective.scoring import PairScorer
 from tests.objective.test_scoring import BATCHING_TOLERANCE
 from tests.sized_pairs import pairs_of
-from tests.tiny_models import WINDOW, build
+from tests.tiny_models import WINDOW, build, length_dependent
 
 CPU = torch.device("cpu")
 WINDOWS = [None, 1, 7, BLOCK, BLOCK + 2, 2 * BLOCK - 1, 300]
@@ -191,8 +193,27 @@ def test_flex_attention_gives_the_values_of_attention_by_segment(
         assert not uncompiled
         scorer.lay_out(layout, flex=True)
         found = scorer(batch)
-    assert {mask.seq_lengths for mask in uncompiled} <= {(300, 300), (600, 600)}
+    assert all(length % 128 == 0 for mask in uncompiled for length in mask.seq_lengths)
     assert len({id(mask) for mask in uncompiled}) == (2 if family.startswith("gemma") else 1)
     assert scorer.way == {"scoring": str(layout), "attention": "flex_attention"}
+    torch.testing.assert_close(found.chosen, expected.chosen, **BATCHING_TOLERANCE)
+    torch.testing.assert_close(found.rejected, expected.rejected, **BATCHING_TOLERANCE)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize(
+    "make", [lambda: build("gpt2"), lambda: length_dependent("longrope")], ids=["gpt2", "longrope"]
+)
+def test_padding_of_a_row_is_at_no_position_that_a_model_cannot_bear(
+    make: Callable[[], PreTrainedModel], uncompiled: list[BlockMask]
+) -> None:
+    """Of a table with 256 entries, and beyond 16 tokens."""
+    scorer = PairScorer(make(), token_budget=5000)
+    batch = PairBatch.of(pairs_of((3, 9, 4), (2, 1, 1)))
+    with torch.no_grad():
+        expected = scorer(batch)
+        scorer.lay_out(Layout.SHARED, flex=True)
+        found = scorer(batch)
+    assert uncompiled[0].seq_lengths[0] > 256
     torch.testing.assert_close(found.chosen, expected.chosen, **BATCHING_TOLERANCE)
     torch.testing.assert_close(found.rejected, expected.rejected, **BATCHING_TOLERANCE)

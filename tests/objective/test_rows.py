@@ -140,7 +140,7 @@ def test_a_widened_row_has_padding_in_a_segment_of_its_own(layout: Layout) -> No
     assert wide.position_ids is not None
     assert rows.position_ids is not None
     assert wide.input_ids.tolist() == [rows.input_ids[0].tolist() + [0] * 5]
-    assert wide.position_ids.tolist() == [[*rows.position_ids[0].tolist(), 0, 1, 2, 3, 4]]
+    assert wide.position_ids.tolist() == [[*rows.position_ids[0].tolist(), 0, 0, 0, 0, 0]]
     assert wide.segments == (*rows.segments, Segment(0, (5,)))
     assert wide.lengths == rows.lengths
     assert wide.is_token.sum() == length

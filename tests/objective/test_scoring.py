@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from dpocli.data.batches import Layout, Packing, PairBatch, pack
 from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.errors import UsageError
+from dpocli.objective import head as head_module
+from dpocli.objective.head import Head, LogitMap, token_logps
 from dpocli.objective.head_probe import HeadKind
 from dpocli.objective.logps import Wanted, pair_logps
 from dpocli.objective.scoring import PairScorer
@@ -193,3 +195,42 @@ def test_frequencies_that_depend_on_what_came_before_are_refused_beyond_their_li
     scorer(PairBatch.of(short))
     with pytest.raises(UsageError, match="Give --max-length 16 or less"):
         scorer(PairBatch.of(long))
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_frozen_head_gives_the_values_and_gradients_of_a_trained_one(
+    cap: float | None, with_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several tiles, the last of them smaller."""
+    monkeypatch.setattr(head_module, "CPU_TILE", (7, 13))
+    torch.manual_seed(0)
+    weight, bias = torch.randn(61, 8), torch.randn(61) if with_bias else None
+    targets, direction = torch.randint(61, (20,)), torch.randn(20)
+    results = []
+    for is_frozen in (False, True):
+        hidden = torch.randn(20, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        head = Head(weight.clone().requires_grad_(not is_frozen), bias, LogitMap(scale=1.5, cap=cap))
+        logps, _ = token_logps(hidden, head, targets)
+        assert ("Frozen" in type(logps.grad_fn).__name__) is is_frozen
+        (logps * direction).sum().backward()
+        results.append((logps.detach(), hidden.grad))
+    for trained, frozen in zip(*results, strict=True):
+        torch.testing.assert_close(frozen, trained, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bytes_kept", [0, 10**9])
+def test_logits_that_are_kept_change_nothing(bytes_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CPU_TILE", (7, 13))
+    monkeypatch.setattr(head_module, "CPU_KEPT_BYTES", bytes_kept)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
+    targets = torch.randint(61, (20,))
+    logps, _ = token_logps(hidden, Head(weight, None, LogitMap(cap=4.0)), targets)
+    found = torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True)
+    again = torch.autograd.grad(logps.sum(), (hidden, weight))
+    logits = 4.0 * torch.tanh(hidden @ weight.T / 4.0)
+    plain = torch.log_softmax(logits, -1).gather(-1, targets[:, None]).sum()
+    for expected, *gradients in zip(torch.autograd.grad(plain, (hidden, weight)), found, again, strict=True):
+        for gradient in gradients:
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)

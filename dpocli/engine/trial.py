@@ -1,0 +1,186 @@
+"""A few pairs scored plainly, one padded row a side, and then another way: do the two agree?
+
+Per token, in training with gradients, and without one pair noticing what stands in the others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpocli.artifacts.status import is_out_of_memory
+from dpocli.data.batches import Layout, pack
+from dpocli.data.preference import EncodedPair, TokenIds
+from dpocli.engine.mesh import Processes
+from dpocli.engine.passes import score
+from dpocli.errors import UsageError
+from dpocli.objective.block_mask import try_kernel
+from dpocli.objective.scoring import PairScorer
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What two correct ways of computing may differ by."""
+
+    mean: float
+    """Of |Δ| per token, nats; the signed mean may be a quarter of it."""
+    p99: float
+    """The 99th percentile of |Δ|, nats."""
+    gradient: float
+    """‖Δ‖ / ‖gradient‖."""
+
+
+NOISE = {
+    torch.float32: Noise(1e-4, 1e-3, 2e-3),
+    torch.bfloat16: Noise(0.06, 0.3, 0.2),
+    torch.float16: Noise(0.01, 0.05, 0.05),
+}
+LEAK = 0.2
+"""Share of the noise by which a log-prob may move when the tokens of other pairs change. Shapes stay the same then, so
+that only what depends on all tokens of a row (a router's groups) may round in another way."""
+
+Gradient = Callable[[Tensor], Tensor]
+"""Back-propagates a scalar and gives the gradient of some of the parameters, flat; leaves none behind."""
+
+Sides = tuple[Tensor, Tensor]
+"""Log-probs of the chosen and the rejected tokens of a pair, float32, on the CPU."""
+
+
+class Trial:
+    """The plain values and gradients of some pairs, to compare other ways of scoring with.
+
+    Args:
+        scorer: laid out plainly; no dropout may be on.
+        pairs: the same on every process.
+        processes: they go through every step of a trial together, whatever one of them finds.
+        gradient: in training.
+    """
+
+    def __init__(
+        self, scorer: PairScorer, pairs: Sequence[EncodedPair], processes: Processes, gradient: Gradient | None
+    ) -> None:
+        self._scorer, self._pairs, self._processes, self._gradient = scorer, pairs, processes, gradient
+        self._noise = NOISE[scorer.compute_dtype]
+        self._plain = self._values(pairs)
+        self._plain_gradient = None if gradient is None else self._gradient_of_mean(gradient)
+
+    def fault(self, layout: Layout, *, flex: bool) -> str | None:
+        """What is wrong with a way of scoring, in words; None where nothing is, and the scorer is laid out so.
+
+        Raises:
+            UsageError: its backward pass failed.
+        """
+        for step in self._steps(layout, flex):
+            found = _outcome(step)
+            # Each process has computed the same, but rounding and compilers are each machine's own; and none may go on
+            # to what all have to do together while another has left.
+            if self._processes.any(found is not None):
+                return found or "refused on another process"
+        return None
+
+    def _steps(self, layout: Layout, flex: bool) -> Iterator[Callable[[], str | None]]:
+        if flex:
+            yield self._try_kernel
+        yield lambda: self._compare_values(layout, flex)
+        yield self._look_for_leaks
+        if self._gradient is not None:
+            yield lambda: self._compare_gradients(layout)
+
+    def _try_kernel(self) -> None:
+        try_kernel(self._scorer.model, self._scorer.compute_dtype, backward=self._gradient is not None)
+
+    def _compare_values(self, layout: Layout, flex: bool) -> str | None:
+        self._scorer.lay_out(layout, flex=flex)
+        self._fast = self._values(self._pairs)
+        delta = _joined(self._fast) - _joined(self._plain)
+        mean, p99 = float(delta.abs().mean()), float(delta.abs().quantile(0.99))
+        # Written so that NaN is a fault.
+        if mean <= self._noise.mean and p99 <= self._noise.p99 and abs(float(delta.mean())) <= self._noise.mean / 4:
+            return None
+        return f"log-probs differ by {mean:.2g} nats per token on average (99th percentile {p99:.2g})"
+
+    def _look_for_leaks(self) -> str | None:
+        """Changes the first pair of each row and the chosen side of its last: nothing else may move."""
+        changed = list(self._pairs)
+        unchanged: list[tuple[int, int]] = []
+        for members in self._passes(self._pairs):
+            *others, last = members
+            changed[last] = replace(changed[last], chosen_ids=self._other(changed[last].chosen_ids))
+            unchanged.append((last, 1))
+            if others:
+                changed[others[0]] = self._all_other(changed[others[0]])
+                unchanged += [(index, side) for index in others[1:] for side in (0, 1)]
+        after = self._values(changed)
+        delta = torch.cat([(after[index][side] - self._fast[index][side]).abs() for index, side in unchanged])
+        mean, p99 = float(delta.mean()), float(delta.quantile(0.99))
+        if mean <= LEAK * self._noise.mean and p99 <= LEAK * self._noise.p99:
+            return None
+        return f"log-probs depend on what else stands in the row, by {mean:.2g} nats per token on average"
+
+    def _compare_gradients(self, layout: Layout) -> str | None:
+        assert self._gradient is not None
+        assert self._plain_gradient is not None
+        try:
+            fast = self._gradient_of_mean(self._gradient)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            # What wraps the model is in no state to go on from: it would leave gradients out without a word.
+            simpler = Layout.PADDED if layout is Layout.PACKED else Layout.PACKED
+            raise UsageError(
+                f"The backward pass of scoring {layout} failed ({_first_line(error)}). Give --scoring {simpler}."
+            ) from error
+        off = float((fast - self._plain_gradient).norm() / self._plain_gradient.norm().clamp(min=1e-30))
+        return None if off <= self._noise.gradient else f"gradients differ by {off:.2g} of their norm"
+
+    def _passes(self, pairs: Sequence[EncodedPair]) -> list[list[int]]:
+        packing = self._scorer.packing
+        return pack([packing.layout.size(*map(len, pair.all_ids)) for pair in pairs], packing)
+
+    def _values(self, pairs: Sequence[EncodedPair]) -> list[Sides]:
+        values: dict[int, Sides] = {}
+        for members in self._passes(pairs):
+            with torch.no_grad():
+                batch, tokens = score(self._scorer, [pairs[index] for index in members])
+            chosen = torch.split(tokens.chosen.float().cpu(), list(batch.chosen_lengths))
+            rejected = torch.split(tokens.rejected.float().cpu(), list(batch.rejected_lengths))
+            values |= dict(zip(members, zip(chosen, rejected, strict=True), strict=True))
+        return [values[index] for index in range(len(pairs))]
+
+    def _gradient_of_mean(self, gradient: Gradient) -> Tensor:
+        """Of the mean log-prob of all tokens."""
+        num_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self._pairs)
+        parts = []
+        for members in self._passes(self._pairs):
+            _, tokens = score(self._scorer, [self._pairs[index] for index in members])
+            parts.append(gradient((tokens.chosen.sum() + tokens.rejected.sum()) / num_tokens))
+        return torch.stack(parts).sum(0)
+
+    def _all_other(self, pair: EncodedPair) -> EncodedPair:
+        prompt, chosen, rejected = map(self._other, pair.all_ids)
+        return replace(pair, prompt_ids=prompt, chosen_ids=chosen, rejected_ids=rejected)
+
+    def _other(self, ids: TokenIds) -> TokenIds:
+        """As many tokens, each another."""
+        return ((ids + 1) % self._scorer.num_embeddings).astype(np.int32)
+
+
+def _outcome(step: Callable[[], str | None]) -> str | None:
+    try:
+        return step()
+    except UsageError:
+        raise
+    except Exception as error:  # whatever a model, a compiler or a driver raises: there is a simpler way
+        if is_out_of_memory(error):
+            raise
+        return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _joined(values: Sequence[Sides]) -> Tensor:
+    return torch.cat([side for sides in values for side in sides])
