@@ -16,7 +16,7 @@ import typer
 import yaml
 
 from dpocli import __version__
-from dpocli.artifacts.status import Outcome, record_failure
+from dpocli.artifacts.status import Outcome, is_recorded, record_failure
 from dpocli.config.models import EvaluateOptions, Options, PrecomputeOptions, TrainOptions
 from dpocli.errors import ExitCode, UsageError
 from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of
@@ -112,12 +112,13 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
     outcome = Outcome.of(error)
     if outcome.exit_code == ExitCode.BUG:
         traceback.print_exception(error)
-    terminal = Terminal(rank=rank_from_environment())
+    terminal = Terminal(rank=rank_from_environment(_value_of("--launcher", arguments) or "torchrun"))
     if outcome.exit_code == ExitCode.PREEMPTED:
         terminal.say(outcome.message)
     else:
         terminal.error(outcome.message)
-    _record_early_failure(outcome, arguments, terminal.rank)
+    if not is_recorded(error):
+        _record_early_failure(outcome, arguments, terminal.rank)
     return outcome.exit_code
 
 
@@ -126,6 +127,8 @@ def _record_early_failure(outcome: Outcome, arguments: Sequence[str], rank: int)
 
     Else a script that requeues while the state is "preempted" would do so for ever over a misspelled flag.
     """
+    if any(argument.partition("=")[0] in ("--dry-run", "--verify") for argument in arguments):
+        return  # they only look
     out = _value_of("--out", arguments) or _out_of_config(_value_of("--config", arguments))
     if rank == 0 and out and arguments[0] in COMMANDS:
         record_failure(Path(out), outcome, arguments[0], _value_of("--shard", arguments) or "0/1")

@@ -67,19 +67,28 @@ class PairStore:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, directory: Path, *, memory_bytes: int = DEFAULT_MEMORY_BYTES, complete: bool = True) -> "PairStore":
+    def open(
+        cls,
+        directory: Path,
+        *,
+        memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        complete: bool = True,
+        first: str | None = None,
+    ) -> "PairStore":
         """The pairs of a cache that is whole.
 
         Args:
             directory: of the cache.
             memory_bytes: bound of the memory for tokens kept from earlier reads.
             complete: whether parts may not be missing.
+            first: name of the first part, where it is known to be there: the directory is not listed then, which on some
+                file systems lags.
 
         Raises:
             CacheError: it is missing, something else, incomplete, damaged, mixed, or of a newer format.
         """
         footers, columns = [], []
-        for part in _open_parts(directory, complete):
+        for part in _open_parts(directory, complete, first):
             footers.append(part.footer)
             columns.append(_read_columns(part))
         return cls(directory, footers, PairColumns.joined(columns), memory_bytes)
@@ -191,9 +200,9 @@ def _read_columns(part: OpenPart) -> PairColumns:
     return columns
 
 
-def _open_parts(directory: Path, complete: bool) -> Iterator[OpenPart]:
+def _open_parts(directory: Path, complete: bool, first_name: str | None) -> Iterator[OpenPart]:
     """All parts of a cache, in order."""
-    names = _part_names(directory)
+    names = [first_name] if first_name else _part_names(directory)
     first = _open_known(directory / names[0]).footer
     expected = tiles(first.total_rows, first.fingerprint.settings["rows_per_part"])
     missing = []

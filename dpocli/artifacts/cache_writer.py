@@ -264,8 +264,9 @@ class CacheWriter:
                 columns = PairColumns.of(part.read_small_columns())
                 longest = columns.prompt_tokens + np.maximum(columns.chosen_tokens, columns.rejected_tokens)
                 affected += int((columns.truncated if now > before else longest > now).sum())
-                affected += sum(part.footer.skipped.get(reason, 0) for reason in _OF_LENGTH) if now > before else 0
-                total += part.footer.num_pairs
+                left_out = sum(part.footer.skipped.get(reason, 0) for reason in _OF_LENGTH) if now > before else 0
+                affected += left_out
+                total += part.footer.num_pairs + left_out
         return f" ({affected:,} of {total:,} pairs are affected by max_length)"
 
 

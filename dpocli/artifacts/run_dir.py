@@ -13,7 +13,16 @@ from typing import Any, Self, TextIO
 
 from dpocli.artifacts.files import file_errors_in_words, make_directory, read_json, write_atomically, write_json
 from dpocli.artifacts.metrics_log import MetricsLog
-from dpocli.artifacts.status import DEAD_AFTER_SECONDS, Outcome, Status, StatusFile, is_alive, new_status, shard_suffix
+from dpocli.artifacts.status import (
+    DEAD_AFTER_SECONDS,
+    Outcome,
+    Status,
+    StatusFile,
+    is_alive,
+    mark_recorded,
+    new_status,
+    shard_suffix,
+)
 from dpocli.config.models import Options
 from dpocli.errors import DpoError, ExitCode, UsageError
 from dpocli.options import dump_yaml
@@ -75,6 +84,8 @@ class RunDirectory:
     ) -> None:
         self.metrics.close()
         outcome = Outcome.of(error)
+        if error is not None:
+            mark_recorded(error)
         if not self._is_writer:
             self._leave_failure(outcome)
             return
@@ -158,6 +169,7 @@ class RunDirectory:
         self._lock.close()
         self.is_companion = True
         self._file = StatusFile(self.path, self._shard, f"-{self._status.host}-{self._status.pid}")
+        self._failure_path = self._file.path.with_name(f".failure-of-{self._file.path.name}")
         self._lock = self._file.lock_path.open("a")
         _try_lock(self._lock)
 

@@ -167,6 +167,16 @@ def _boot() -> str | None:
         return None
 
 
+def mark_recorded(error: BaseException) -> None:
+    """Says that nobody has to note this error any more: the status has it, or must not."""
+    error.__dict__["recorded_by_dpocli"] = True
+
+
+def is_recorded(error: BaseException) -> bool:
+    """Whether `mark_recorded` was told of it."""
+    return bool(error.__dict__.get("recorded_by_dpocli"))
+
+
 def record_failure(directory: Path, outcome: Outcome, command: str, shard: str = "0/1") -> None:
     """Note a failure in a directory that an earlier start of the same command wrote.
 

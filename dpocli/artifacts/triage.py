@@ -37,8 +37,6 @@ class Triage:
     pairs: int
     reference_accuracy: float
     """Share of pairs whose chosen side the reference finds more likely, as a sum over its tokens."""
-    reference_accuracy_per_token: float
-    """The same as a mean per token."""
     pick_the_longer_accuracy: float
     """Share of pairs whose chosen side is the longer one; ties count half."""
     median_length_difference: float
@@ -54,12 +52,10 @@ def triage(store: PairStore) -> Triage:
     columns = store.columns
     margin = columns.reference_chosen - columns.reference_rejected
     chosen, rejected = columns.chosen_tokens.astype(np.int64), columns.rejected_tokens.astype(np.int64)
-    per_token = columns.reference_chosen / np.maximum(chosen, 1) - columns.reference_rejected / np.maximum(rejected, 1)
     length = chosen - rejected
     return Triage(
         pairs=len(columns.rows),
         reference_accuracy=float(np.mean(margin > 0)),
-        reference_accuracy_per_token=float(np.mean(per_token > 0)),
         pick_the_longer_accuracy=float(np.mean((length > 0) + 0.5 * (length == 0))),
         median_length_difference=float(np.median(length)),
         findings=tuple(finding for finding in _findings(store, margin) if finding.count),
@@ -119,12 +115,11 @@ def _contradictory(store: PairStore) -> NDArray[np.int64]:
     hashes = store.columns.prompt_hashes
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
     candidates = np.flatnonzero(counts[inverse] > 1)
-    seen: dict[tuple[int, int, int], list[int]] = {}
+    seen: dict[tuple[int, ...], list[int]] = {}
     for start in range(0, len(candidates), PAIRS_AT_ONCE):
         positions = candidates[start : start + PAIRS_AT_ONCE]
         for position, pair in zip(positions.tolist(), store.load(positions), strict=True):
-            sides = hash(pair.chosen_ids.tobytes()), hash(pair.rejected_ids.tobytes())
-            seen.setdefault((pair.prompt_hash, *sides), []).append(position)
+            seen.setdefault(tuple(hash(ids.tobytes()) for ids in pair.all_ids), []).append(position)
     opposed = [
         position
         for (prompt, chosen, rejected), positions in seen.items()

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -176,9 +177,10 @@ def _encoded(
     writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, say=terminal.warn)
     writer.check()
     tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
-    with writing_behind(writer) as parts:
-        for encoded in tiles.encode(writer.missing(processes.rank, processes.count)):
-            parts.write(*encoded)
+    missing = writer.missing(processes.rank, processes.count)
+    with writing_behind(writer) as parts, closing(tiles.encode(missing)) as encoded:
+        for tile in encoded:
+            parts.write(*tile)
     processes.wait()
     store = PairStore.open(directory)
     judge_skips(store.skipped, store.num_rows, options.max_skipped)

@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from dpocli.artifacts.fingerprint import build_fingerprint, compare
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME
 from dpocli.artifacts.reuse import Reusable
 from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.artifacts.status import mark_recorded
 from dpocli.artifacts.triage import triage
 from dpocli.commands import dry_run
 from dpocli.commands.reference import Reference
@@ -70,7 +72,7 @@ class Job:
             dtype=dtype_name(self.dtype),
             trust_remote_code=options.trust_remote_code,
             information=environment(self.device),
-            hash_memory_path=None if options.dry_run else options.out / HASH_MEMORY_NAME,
+            hash_memory_path=None if options.dry_run or options.verify else options.out / HASH_MEMORY_NAME,
         )
         first_rows = (raw.fields for raw in self.rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
         kept = kept_types(first_rows, options.keep_columns)
@@ -93,8 +95,13 @@ class Job:
 def run(options: PrecomputeOptions, terminal: Terminal) -> None:
     """Fills this worker's share of the cache, or only looks: at what that would take, or at what a finished one holds."""
     job = Job.of(options, terminal)
-    work = _verify if options.verify else _estimate if options.dry_run else _fill
-    work(job)
+    if not (options.verify or options.dry_run):
+        return _fill(job)
+    try:
+        _verify(job) if options.verify else _estimate(job)
+    except BaseException as error:
+        mark_recorded(error)  # who only looks leaves no trace
+        raise
 
 
 def _fill(job: Job) -> None:
@@ -135,14 +142,15 @@ def _fill(job: Job) -> None:
                     raise PreemptedError(_stopped(writer))
 
             still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
-            for tile, pairs, skipped in tiles.encode(still_missing):
-                go_on()
-                parts.write(tile, reference.complete(pairs, progress, go_on), skipped)
-                progress.update(advance=len(skipped))
+            with closing(tiles.encode(still_missing)) as encoded:
+                for tile, pairs, skipped in encoded:
+                    go_on()
+                    parts.write(tile, reference.complete(pairs, progress, go_on), skipped)
+                    progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles) | reference.figures()
         judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.max_skipped)
         if summary["complete"] and summary["pairs"]:
-            summary["triage"] = triage(PairStore.open(options.out)).to_json()
+            summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
         out.write_summary(summary)
         terminal.result(summary, lambda printer: _render(printer, summary))
 
@@ -218,9 +226,8 @@ def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
 
 def _render_triage(printer: Printer, found: Mapping[str, Any]) -> None:
     printer.say(
-        f"The reference prefers the chosen side in {found['reference_accuracy']:.1%} of the pairs "
-        f"({found['reference_accuracy_per_token']:.1%} per token); the longer side is the chosen one in "
-        f"{found['pick_the_longer_accuracy']:.1%} (median difference {found['median_length_difference']:+,.0f} tokens)."
+        f"The reference prefers the chosen side in {found['reference_accuracy']:.1%} of the pairs; the longer side is the "
+        f"chosen one in {found['pick_the_longer_accuracy']:.1%} (median difference {found['median_length_difference']:+,.0f} tokens)."
     )
     for finding in found["findings"]:
         rows = ", ".join(map(str, finding["rows"][:8])) + (", …" if finding["count"] > 8 else "")

@@ -76,6 +76,8 @@ class Reference:
         Raises:
             CacheError: they are not what the cache holds.
         """
+        if not len(store):
+            raise CacheError(f"--verify {count}: the cache {store.directory} holds no pair.")
         positions = np.sort(np.random.default_rng().permutation(len(store))[:count])
         self._settle(store.load(positions))
         tolerance = step0.TOLERANCE[self._dtype]

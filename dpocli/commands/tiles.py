@@ -3,7 +3,7 @@ data without one."""
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -32,10 +32,11 @@ class TileEncoder:
         self._is_over = threading.Event()
         self._skipped: Counter[str] = Counter()
 
-    def encode(self, tiles: Iterable[Tile]) -> Iterator[Encoded]:
+    def encode(self, tiles: Iterable[Tile]) -> Generator[Encoded, None, None]:
         """The pairs of each tile, and the rows that gave none; the next tile is encoded while one is in use.
 
-        The tiles are asked for one by one, each just before it is encoded.
+        The tiles are asked for one by one, each just before it is encoded. Whoever leaves early closes the iterator, or
+        the tile in the background is still encoded to its end.
 
         Raises:
             DataError: a row cannot be read, or more rows than `--max-skipped` allows are certain to be skipped.

@@ -202,7 +202,7 @@ class PrecomputeOptions(ModelOptions, DataOptions, Options):
             raise ValueError("data: missing; give the preference rows, for example --data prefs.jsonl")
         if self.dry_run and self.verify:
             raise ValueError("verify: --dry-run touches no cache, and --verify looks into one; give one of them")
-        if self.out in self.reuse:
+        if self.out.resolve() in [old.resolve() for old in self.reuse]:
             raise ValueError("reuse: --out names the same cache; an old cache is never written")
         index, count = self.worker
         if not index < count:

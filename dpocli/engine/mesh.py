@@ -79,14 +79,17 @@ def launched(launcher: Launcher = "torchrun") -> tuple[int, int, int]:
 
 def _launched_by_slurm() -> tuple[int, int, int]:
     """As srun counts its tasks; they need not know of each other."""
-    if "SLURM_PROCID" not in os.environ:
+    # SLURM_PROCID and SLURM_NTASKS stand in a batch script too, which is no task of a step.
+    if "SLURM_STEP_NUM_TASKS" not in os.environ:
         raise UsageError(
-            "--launcher slurm: SLURM_PROCID is not in the environment, so srun did not start this. Begin the line with srun."
+            "--launcher slurm: SLURM_STEP_NUM_TASKS is not in the environment, so srun did not start this. Begin the line with srun."
         )
-    names = (("SLURM_PROCID", 0), ("SLURM_NTASKS", 1), ("SLURM_LOCALID", 0))
+    names = (("SLURM_PROCID", 0), ("SLURM_STEP_NUM_TASKS", 1), ("SLURM_LOCALID", 0))
     rank, count, local_rank = (_number(*entry) for entry in names)
     if rank >= count:
-        raise UsageError(f"SLURM_PROCID={rank} and SLURM_NTASKS={count} in the environment do not fit together.")
+        raise UsageError(
+            f"SLURM_PROCID={rank} and SLURM_STEP_NUM_TASKS={count} in the environment do not fit together."
+        )
     return rank, count, local_rank
 
 

@@ -115,15 +115,14 @@ class PairScorer(nn.Module):
             On the model's device, in the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected
             tokens,), float32, nats.
         """
-        rows = self._rows(batch)
-        self.tally.add(batch, rows)
-        rows = rows.to(self.model.device)
+        rows = self._rows(batch).to(self.model.device)
         self._current_row.set(rows, flex=self.uses_flex)
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)
             logps, collisions = token_logps(hidden, self._head(self.head_kind), rows.targets, collision=self.collision)
         else:
             logps, collisions, router_loss = self._through_own_head(rows)
+        self.tally.add(batch, rows)
         split = len(batch.chosen_ids)
         chosen, rejected = _halves(logps, split)
         if collisions is None:

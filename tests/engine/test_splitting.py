@@ -1,0 +1,196 @@
+"""Memory that runs out in the middle: the pass is made in two, the values are the same, and it is told."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dpocli.cli import run_command_line
+from dpocli.commands import reference
+from dpocli.data.batches import Layout
+from dpocli.data.preference import EncodedPair
+from dpocli.engine.passes import reference_logps
+from dpocli.engine.throughput import Throughput
+from dpocli.errors import ExitCode, PreemptedError
+from dpocli.objective.scoring import PairScorer
+from dpocli.progress import Progress
+from dpocli.terminal import Terminal
+from tests.caches import assert_same_values, pairs_in
+from tests.commands.conftest import MODEL, TRAIN
+from tests.pairs import random_pairs
+from tests.tiny_models import build
+
+BUDGET = 400
+ENOUGH = 130
+"""Tokens, padding included, for which the memory is enough: more than a pair takes in any layout."""
+
+GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
+HOST = MemoryError()
+
+
+def short_of_memory(model: nn.Module, limit: int, error: BaseException) -> list[int]:
+    """Lets every pass of more than `limit` tokens fail; gives the sizes of all passes."""
+    sizes: list[int] = []
+
+    def look(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        sizes.append(options["input_ids"].numel())
+        if sizes[-1] > limit:
+            raise error.with_traceback(None)
+
+    model.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    return sizes
+
+
+@pytest.fixture
+def pairs() -> list[EncodedPair]:
+    return random_pairs(40, masked=True)
+
+
+def new_scorer(layout: Layout, model: str = "llama-untied") -> PairScorer:
+    scorer = PairScorer(build(model), token_budget=BUDGET)
+    scorer.lay_out(layout)
+    return scorer
+
+
+def scored(
+    scorer: PairScorer, pairs: list[EncodedPair], go_on: Callable[[], None] = lambda: None
+) -> tuple[list[EncodedPair], Progress]:
+    with Terminal(rank=1).progress(len(pairs), "score") as progress:
+        return reference_logps(scorer, pairs, progress, go_on), progress
+
+
+@pytest.mark.parametrize("error", [GPU, CPU, HOST], ids=["on a GPU", "on a CPU", "of the host"])
+@pytest.mark.parametrize("layout", list(Layout))
+def test_the_values_are_the_same(layout: Layout, error: BaseException, pairs: list[EncodedPair]) -> None:
+    undisturbed = new_scorer(layout)
+    expected, _ = scored(undisturbed, pairs)
+    assert undisturbed.tally.splits == 0
+    scorer = new_scorer(layout)
+    sizes = short_of_memory(scorer.model, ENOUGH, error)
+    found, progress = scored(scorer, pairs)
+    assert_same_values(found, expected)
+    assert [replace(pair, reference=None) for pair in found] == pairs
+    failed = [size for size in sizes if size > ENOUGH]
+    assert scorer.tally.splits == len(failed) > 1
+    assert len(sizes) > len(failed)
+    assert progress._state.pairs == 40, "each pair counts once"
+    assert progress._state.tokens == sum(len(ids) for pair in pairs for ids in pair.all_ids)
+
+
+def test_a_pass_is_split_as_often_as_it_takes(pairs: list[EncodedPair]) -> None:
+    scorer = PairScorer(build("llama-untied"), token_budget=100_000)
+    scorer.lay_out(Layout.SHARED)
+    sizes = short_of_memory(scorer.model, max(sum(map(len, pair.all_ids)) for pair in pairs), GPU)
+    found, _ = scored(scorer, pairs)
+    assert_same_values(found, scored(new_scorer(Layout.SHARED), pairs)[0])
+    assert scorer.tally.splits > 6
+    assert sizes[0] == sum(len(ids) for pair in pairs for ids in pair.all_ids)
+
+
+@pytest.mark.parametrize("error", [GPU, CPU, HOST], ids=["on a GPU", "on a CPU", "of the host"])
+def test_a_pair_that_does_not_fit_alone_is_an_error(error: BaseException, pairs: list[EncodedPair]) -> None:
+    scorer = new_scorer(Layout.SHARED)
+    sizes = short_of_memory(scorer.model, 3, error)
+    with pytest.raises(type(error)) as raised:
+        scored(scorer, pairs)
+    assert raised.value is error
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] <= 3 * 12, "a single pair"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("shape"), KeyboardInterrupt()],
+)
+def test_an_error_of_another_kind_is_raised_at_once(error: BaseException, pairs: list[EncodedPair]) -> None:
+    scorer = new_scorer(Layout.PADDED)
+    sizes = short_of_memory(scorer.model, ENOUGH, error)
+    with pytest.raises(type(error)) as raised:
+        scored(scorer, pairs)
+    assert raised.value is error
+    assert len(sizes) == 1
+    assert scorer.tally.splits == 0
+
+
+def test_a_stop_is_asked_for_before_every_half(pairs: list[EncodedPair]) -> None:
+    scorer = new_scorer(Layout.SHARED)
+    sizes = short_of_memory(scorer.model, ENOUGH, GPU)
+    asked = []
+    scored(scorer, pairs, lambda: asked.append(len(sizes)))
+    assert asked == list(range(len(sizes)))
+
+    def stop() -> None:
+        if len(sizes) == asked[-1]:
+            raise PreemptedError("told")
+
+    sizes.clear()
+    asked = [3]
+    with pytest.raises(PreemptedError):
+        scored(scorer, pairs, stop)
+    assert len(sizes) == 3
+
+
+def figures(pairs: list[EncodedPair], limit: int) -> dict[str, Any]:
+    scorer = new_scorer(Layout.SHARED)
+    throughput = Throughput(scorer)
+    short_of_memory(scorer.model, limit, GPU)
+    with throughput.clock():
+        scored(scorer, pairs)
+    return throughput.summary()
+
+
+def test_the_summary_counts_the_passes_that_were_split(pairs: list[EncodedPair]) -> None:
+    assert figures(pairs, BUDGET)["passes_split"] == 0
+    assert figures(pairs, ENOUGH)["passes_split"] > 1
+
+
+def test_tokens_of_a_pass_that_did_not_fit_are_not_counted(pairs: list[EncodedPair]) -> None:
+    assert figures(pairs, ENOUGH)["tokens_unique"] == figures(pairs, BUDGET)["tokens_unique"]
+
+
+def precompute(out: Path, *more: object) -> int:
+    # Padded, a layout that needs no trial first.
+    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 24, "--out", out, "--scoring", "padded", *more)
+    return run_command_line([str(word) for word in line])
+
+
+def test_precompute_goes_on_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = reference.load_model
+
+    def load(*arguments: Any) -> Any:
+        model = plain(*arguments)
+        short_of_memory(model, 700, GPU)
+        return model
+
+    assert precompute(tmp_path / "undisturbed", "--token-budget", 4000) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "load_model", load)
+        assert precompute(tmp_path / "short", "--token-budget", 4000) == 0
+    assert_same_values(pairs_in(tmp_path / "short"), pairs_in(tmp_path / "undisturbed"))
+    splits = [
+        json.loads((tmp_path / name / "summary.json").read_text())["scoring"]["passes_split"]
+        for name in ("undisturbed", "short")
+    ]
+    assert splits[0] == 0 < splits[1]
+
+
+def test_a_pair_too_large_ends_precompute_with_its_own_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = reference.load_model
+
+    def load(*arguments: Any) -> Any:
+        model = plain(*arguments)
+        short_of_memory(model, 20, GPU)
+        return model
+
+    monkeypatch.setattr(reference, "load_model", load)
+    assert precompute(tmp_path / "out") == ExitCode.RESOURCES
+    assert "Out of memory: CUDA out of memory." in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("rows-*"))
