@@ -102,15 +102,21 @@ class CacheWriter:
         """Sets the information that the parts written from now on carry; it is never compared."""
         self.fingerprint = replace(self.fingerprint, information=information)
 
-    def missing(self, index: int = 0, count: int = 1) -> list[Tile]:
+    def missing(self, index: int = 0, count: int = 1, between: Callable[[], None] = lambda: None) -> list[Tile]:
         """The tiles that worker `index` of `count` has to make: those without a part, or with a damaged one.
 
-        Expected names are opened, since listings lag on some file systems, and every byte of them is verified.
+        Expected names are opened, since listings lag on some file systems, and every byte of them is verified. `between`
+        is called before each, and may raise to stop.
 
         Raises:
             CacheError: a part was made with other settings, or by a later version.
         """
-        return [tile for tile in self.tiles[index::count] if not self.is_present(tile)]
+        missing = []
+        for tile in self.tiles[index::count]:
+            between()
+            if not self.is_present(tile):
+                missing.append(tile)
+        return missing
 
     def is_present(self, tile: Tile) -> bool:
         """Whether a tile's part is there, every byte as it was written; a damaged one is reported."""

@@ -67,7 +67,7 @@ class HashMemory:
         if not isinstance(entry, dict) or (entry.get("size"), entry.get("mtime_ns")) != _size_and_time(file):
             return None
         sha256 = str(entry.get("sha256"))
-        return sha256 if _SHA256.fullmatch(sha256) else None
+        return sha256 if entry.get("check") == _check(file, sha256) else None
 
     def sha256(self, file: Path) -> str:
         """The hash of a file: recalled, else computed and noted (`save` keeps it)."""
@@ -76,7 +76,12 @@ class HashMemory:
         before = _size_and_time(file)
         sha256 = sha256_of_file(file)
         if before == _size_and_time(file) and time.time() - before[1] / 1e9 > _SETTLED_SECONDS:
-            self._known[str(file)] = {"size": before[0], "mtime_ns": before[1], "sha256": sha256}
+            self._known[str(file)] = {
+                "size": before[0],
+                "mtime_ns": before[1],
+                "sha256": sha256,
+                "check": _check(file, sha256),
+            }
         return sha256
 
     def save(self) -> None:
@@ -94,6 +99,11 @@ class HashMemory:
     def _read(self) -> dict[str, Any]:
         content = read_json(self.path) if self.path else None
         return content if isinstance(content, dict) else {}
+
+
+def _check(file: Path, sha256: str) -> str:
+    """What shows that an entry was damaged: a wrong hash that is believed would refuse a good cache for ever."""
+    return digest_json([str(file), sha256])[:16]
 
 
 def sha256_of_file(path: Path) -> str:

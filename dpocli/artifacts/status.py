@@ -106,12 +106,24 @@ class StatusFile:
     def read(self) -> Status | None:
         """What stands there; None where there is nothing that makes sense."""
         try:
-            return Status(**(read_json(self.path) or {}))
+            status = Status(**(read_json(self.path) or {}))
         except TypeError:
             return None
+        return status if _makes_sense(status) else None
 
     def write(self, status: Status) -> None:
         write_json(self.path, asdict(status))
+
+
+def _makes_sense(status: Status) -> bool:
+    """Whether the values are of the types that are written: anybody may have edited the file."""
+    numbers = (status.step, status.started, status.heartbeat)
+    return (
+        all(isinstance(text, str) for text in (status.command, status.state, status.message, status.host))
+        and all(isinstance(number, int | float) for number in numbers)
+        and isinstance(status.pid, int)
+        and 0 < status.pid < 2**31
+    )
 
 
 def new_status(command: str) -> Status:
@@ -148,7 +160,15 @@ def _process_exists(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return not _is_zombie(pid)
+
+
+def _is_zombie(pid: int) -> bool:
+    """Whether it has ended and only nobody has waited for it, as in containers whose first process does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False
 
 
 def process_start(pid: int) -> int | None:

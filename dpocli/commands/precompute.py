@@ -85,11 +85,11 @@ class Job:
         say = self.terminal.say
         return Reference(self.model_directory, self.options, self.dtype, self.device, reusable, writer.inform, say)
 
-    def missing(self, writer: CacheWriter) -> list[Tile]:
-        """The tiles that this worker has to make."""
+    def missing(self, writer: CacheWriter, between: Callable[[], None] = lambda: None) -> list[Tile]:
+        """The tiles that this worker has to make. `between` is called before each is looked at."""
         rank, num_ranks, _ = launched(self.options.launcher)
         worker, num_workers = self.options.worker
-        return writer.missing(worker + num_workers * rank, num_workers * num_ranks)
+        return writer.missing(worker + num_workers * rank, num_workers * num_ranks, between)
 
 
 def run(options: PrecomputeOptions, terminal: Terminal) -> None:
@@ -121,7 +121,12 @@ def _fill(job: Job) -> None:
         writer.check()
         reference = job.reference(writer)
         out.write_config(options)
-        missing = job.missing(writer)
+
+        def heed_stop() -> None:
+            if stop or out.stop_requested():
+                raise PreemptedError(_stopped(writer))
+
+        missing = job.missing(writer, heed_stop)
         if out.is_companion:
             # Others begin at the beginning; whoever starts elsewhere meets them late.
             start = random.randrange(max(len(missing), 1))
@@ -138,8 +143,8 @@ def _fill(job: Job) -> None:
                 """The open tile is thrown away: what counts is that the node is left in time."""
                 parts.check()
                 if stop or out.stop_requested():
-                    parts.wait()
-                    raise PreemptedError(_stopped(writer))
+                    parts.wait()  # so that it is counted
+                heed_stop()
 
             still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
             with closing(tiles.encode(still_missing)) as encoded:

@@ -1,14 +1,25 @@
 """Raw rows → `Preference`: every accepted form of a row, told apart by its fields."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from dpocli.config.models import DataOptions
-from dpocli.data.messages import FieldError, as_turns, read_messages, split_transcripts, type_name, without_none
+from dpocli.data.messages import (
+    FieldError,
+    as_turns,
+    brief,
+    parsed_json,
+    read_messages,
+    split_transcripts,
+    type_name,
+    without_none,
+)
 from dpocli.data.preference import Message, Preference
 from dpocli.data.rows import RawRow
 from dpocli.errors import DataError
+
+MAX_NAMES = 8
+"""Fields of a row that a message lists."""
 
 CONVERSATIONS = "conversations"
 LARGEST_WEIGHT = 3.4e38
@@ -58,6 +69,8 @@ def to_preference(raw: RawRow, options: DataOptions) -> Preference:
         return _read(raw, raw.fields, options)
     except FieldError as error:
         raise BadRowError(raw.where, error.field, error.problem) from error
+    except RecursionError as error:
+        raise BadRowError(raw.where, None, "values are nested too deep to be read") from error
 
 
 def _read(raw: RawRow, fields: Mapping[str, Any], options: DataOptions) -> Preference:
@@ -204,10 +217,7 @@ def _read_template_kwargs(value: Any) -> dict[str, Any]:
 def _from_json(value: Any, field: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise FieldError(field, f"is text, but not JSON ({error})") from error
+    return parsed_json(value, field, "is text, but not JSON")
 
 
 def _read_text(fields: Mapping[str, Any], name: str) -> str:
@@ -221,7 +231,7 @@ def _read_weight(value: Any) -> float:
     if value is None:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= LARGEST_WEIGHT:
-        raise FieldError("weight", f"a finite number of at least 0 is expected, found {value!r}")
+        raise FieldError("weight", f"a finite number of at least 0 is expected, found {brief(value)}")
     return float(value)
 
 
@@ -243,5 +253,7 @@ def _kept(fields: Mapping[str, Any], name: str) -> Any:
 def _missing(fields: Mapping[str, Any], name: str, mend: str) -> NoReturn:
     if name in fields:
         raise FieldError(name, "is null; fill it in or remove the row")
-    found = ", ".join(map(repr, fields)) or "nothing"
+    names = [brief(field) for field in fields]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    found = ", ".join(names[:MAX_NAMES]) + more or "nothing"
     raise FieldError(name, f"missing; the row has {found}: {mend}")

@@ -6,6 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpocli.data.preference import Message
+from dpocli.data.rows import surrogate_problem
+
+MAX_SHOWN = 60
+"""Characters of a value that a message repeats."""
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -94,14 +98,35 @@ def _from_sharegpt(message: Message, field: str) -> Message:
 
 def _function_calls(value: str, field: str) -> list[dict[str, Any]]:
     """ShareGPT writes a call, or a list of them, as JSON: `{"name": …, "arguments": {…}}`."""
-    try:
-        calls = json.loads(value)
-    except ValueError as error:
-        raise FieldError(field, f"a function call in JSON is expected ({error})") from error
+    calls = parsed_json(value, field, "a function call in JSON is expected")
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise FieldError(field, 'a function call {"name": …, "arguments": {…}} is expected')
     return [{"type": "function", "function": call} for call in calls]
+
+
+def parsed_json(text: str, field: str, expected: str) -> Any:
+    """The value of JSON that a row holds as text.
+
+    Raises:
+        FieldError: it is none, is nested too deep, or spells half a character.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FieldError(field, f"{expected} ({error})") from error
+    if (problem := surrogate_problem(json.dumps(value, ensure_ascii=False))) is not None:
+        raise FieldError(field, problem)
+    return value
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: short."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python spells
+        return f"a {type_name(value)} of thousands of digits"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def without_none(value: Any) -> Any:

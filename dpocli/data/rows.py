@@ -164,3 +164,13 @@ def file_sha256(path: Path) -> str:
     with open_hashed(path) as (_, digest):
         pass
     return digest.hexdigest()
+
+
+def surrogate_problem(text: str) -> str | None:
+    """JSON can spell half a character (`\\ud83d` alone), which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode()
+        return f"{half} is half of a character; write the whole pair of \\u escapes, or the character itself"
+    return None

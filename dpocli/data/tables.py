@@ -33,7 +33,7 @@ class Parquet(RowFile):
                 metadata = file.metadata
                 sizes: list[int] = [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
                 names = file.schema_arrow.names
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise self._damaged(error) from error
         self._columns = select_columns(names, columns, required)
         self._group_starts = list(accumulate(sizes, initial=0))[:-1]
@@ -49,7 +49,7 @@ class Parquet(RowFile):
             with pq.ParquetFile(self._path) as file:
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=self._columns):
                     yield from batch.to_pylist()
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
             raise self._damaged(error) from error
 
     def to_row(self, row: int, item: dict[str, Any]) -> RawRow:

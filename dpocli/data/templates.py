@@ -116,7 +116,15 @@ class ChatTemplate:
                 f"The chat template of the tokenizer of --model is not valid (line {error.lineno}: {error.message}). "
                 "Mend chat_template.jinja, or the template in tokenizer_config.json, beside the model."
             ) from error
-        except (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        except (
+            TemplateError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise BadRowError(
                 preference.where, "messages", f"the chat template refuses the conversation: {str(error).rstrip('.')}"
             ) from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpocli.data.json_list import iterate_list
-from dpocli.data.rows import BLOCK_BYTES, RawRow, RowFile, open_binary, open_hashed
+from dpocli.data.rows import BLOCK_BYTES, RawRow, RowFile, open_binary, open_hashed, surrogate_problem
 from dpocli.errors import DataError
 
 BOM = b"\xef\xbb\xbf"
@@ -23,7 +23,7 @@ class JsonLines(RowFile):
 
     def __init__(self, path: Path, first_row: int):
         self._path = path
-        self._is_gzip = path.name.endswith(".gz")
+        self._is_gzip = path.name.lower().endswith(".gz")
         self._index: list[tuple[int, int]] = []  # (byte offset, line number) of every INDEX_STRIDE-th row
         num_rows = offset = 0
         with open_hashed(path) as (file, digest), self._lines(file) as lines:
@@ -89,7 +89,7 @@ class JsonList(RowFile):
 
     def to_row(self, row: int, item: Any) -> RawRow:
         fields, problem = _object_or_problem(item)
-        problem = problem or _surrogate_problem(json.dumps(item, ensure_ascii=False))
+        problem = problem or surrogate_problem(json.dumps(item, ensure_ascii=False))
         return RawRow(self.first_row + row, f"{self.name}: row {row + 1}", None if problem else fields, problem)
 
 
@@ -120,7 +120,7 @@ def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
         return None, f"not JSON: {error}; each line must be one JSON object"
     fields, problem = _object_or_problem(value)
     if "\\ud" in text or "\\uD" in text:
-        problem = problem or _surrogate_problem(json.dumps(value, ensure_ascii=False))
+        problem = problem or surrogate_problem(json.dumps(value, ensure_ascii=False))
     return None if problem else fields, problem
 
 
@@ -129,13 +129,3 @@ def _object_or_problem(value: Any) -> tuple[dict[str, Any] | None, str | None]:
         return value, None
     hint = "; if the file is one JSON list, name it .json" if isinstance(value, list) else ""
     return None, f"a JSON object with the fields of the row is expected, found {type(value).__name__}{hint}"
-
-
-def _surrogate_problem(text: str) -> str | None:
-    """JSON can spell half a character (`\\ud83d` alone), which no tokenizer takes."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = text[error.start].encode("unicode_escape").decode()
-        return f"{half} is half of a character; write the whole pair of \\u escapes, or the character itself"
-    return None

@@ -49,7 +49,9 @@ def test_one_task_needs_no_more_than_its_number(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     environment(monkeypatch, TORCHRUN)
-    with pytest.raises(UsageError, match=r"--launcher slurm: SLURM_STEP_NUM_TASKS is not in the environment.*with srun"):
+    with pytest.raises(
+        UsageError, match=r"--launcher slurm: SLURM_STEP_NUM_TASKS is not in the environment.*with srun"
+    ):
         launched("slurm")
 
 

@@ -1,0 +1,22 @@
+"""Imported by the process from which `warm_workers` are forked: it has done once what each of them does."""
+
+import contextlib
+import os
+import tempfile
+
+import torch
+
+import tests.commands.warm_workers  # noqa: F401
+from dpocli.cli import run_command_line
+from tests.commands.conftest import MODEL, TRAIN
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what was parallel before a fork is a deadlock after it
+torch.set_num_threads(1)
+with (
+    tempfile.TemporaryDirectory() as directory,
+    open(os.devnull, "w") as nowhere,
+    contextlib.redirect_stdout(nowhere),
+    contextlib.redirect_stderr(nowhere),
+):
+    line = ["precompute", "--model", MODEL, "--data", TRAIN, "--limit", 4, "--rows-per-part", 2, "--out", directory]
+    run_command_line([str(word) for word in line])
