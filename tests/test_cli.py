@@ -200,7 +200,7 @@ def test_a_misspelled_flag_replaces_an_earlier_outcome(fails, tmp_path, monkeypa
     out = tmp_path / "run"
     with pytest.raises(errors.PreemptedError), RunDirectory(out, "train"):
         raise errors.PreemptedError("saved")
-    status = status_of(out) | {"pid": 0, "pid_started": 0}  # of another process than this one
+    status = status_of(out) | {"pid": 1, "pid_started": 0}  # of another process than this one
     (out / "status.json").write_text(json.dumps(status))
     fails("train", "--model", "m", "--out", str(out), "--bete", "1")
     assert {"state": "failed", "exit_code": 2}.items() <= status_of(out).items()
