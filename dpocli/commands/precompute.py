@@ -236,7 +236,7 @@ def _render_triage(printer: Printer, found: Mapping[str, Any]) -> None:
     )
     for finding in found["findings"]:
         rows = ", ".join(map(str, finding["rows"][:8])) + (", …" if finding["count"] > 8 else "")
-        printer.say(f"  {finding['count']:,} {finding['name']}: rows {rows} ({finding['meaning']})")
+        printer.say(f"  {finding['count']:,} {finding['name']}: source rows {rows} ({finding['meaning']})")
 
 
 def _stopped(writer: CacheWriter) -> str:

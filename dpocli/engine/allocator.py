@@ -1,8 +1,9 @@
 """How memory on the CPU is given back: not at all, as long as the command runs.
 
 By default the C library returns every large block to the system when it is freed, and the system hands out the next one
-page by page, each a fault and a page of zeros. A step frees and takes gigabytes; keeping them saves a tenth to a fifth
-of its time (measured in `tests/benchmarks`), and the peak stays what it was.
+page by page, each a fault and a page of zeros. What that costs depends on the size of the blocks: with the default token
+budget next to nothing, with twice as large a budget in training a seventh of the time and two thirds of the time spent in
+the system. The price is a peak that may be a tenth higher (`tests/benchmarks/speed.py --ablate`).
 """
 
 import ctypes

@@ -19,6 +19,7 @@ class Throughput:
 
     The floor is the time that the multiplications which no method can leave out would take at the rate of a large
     matrix product on this device: every distinct token once through the layers, and once through the head if it is scored.
+    Attention is counted in full, so that where layers have a window the floor is a little too high.
 
     Args:
         scorer: whose passes are counted.

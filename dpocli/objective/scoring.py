@@ -116,7 +116,7 @@ class PairScorer(nn.Module):
             tokens,), float32, nats.
         """
         rows = self._rows(batch).to(self.model.device)
-        self._current_row.set(rows, flex=self.uses_flex)
+        self._current_row.set(rows, flex=self.uses_flex and bool(rows.segments))
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)
             logps, collisions = token_logps(hidden, self._head(self.head_kind), rows.targets, collision=self.collision)

@@ -215,5 +215,9 @@ def test_padding_of_a_row_is_at_no_position_that_a_model_cannot_bear(
         scorer.lay_out(Layout.SHARED, flex=True)
         found = scorer(batch)
     assert uncompiled[0].seq_lengths[0] > 256
+    if scorer.rotary_limit:  # beyond it, rows go alone, through the model's own attention
+        long = PairBatch.of(pairs_of((9, 30, 4), (2, 1, 1)))
+        with torch.no_grad():
+            assert scorer(long).chosen.isfinite().all()
     torch.testing.assert_close(found.chosen, expected.chosen, **BATCHING_TOLERANCE)
     torch.testing.assert_close(found.rejected, expected.rejected, **BATCHING_TOLERANCE)
