@@ -28,8 +28,8 @@ def test_each_finding_with_its_source_rows(tmp_path: Path, dpocli: Run) -> None:
     found = json.loads((out / "summary.json").read_text())["triage"]
     named = {finding["name"]: (finding["count"], finding["rows"]) for finding in found["findings"]}
     assert named == {"duplicates": (1, [3]), "contradictions": (3, [1, 3, 5]), "truncated": (len(cut), cut)}
-    assert "  1 duplicates: rows 3 (" in result.out
-    assert "  3 contradictions: rows 1, 3, 5 (" in result.out
+    assert "  1 duplicates: source rows 3 (" in result.out
+    assert "  3 contradictions: source rows 1, 3, 5 (" in result.out
     sums = [pair.reference_sums for pair in pairs]
     lengths = np.array([len(pair.chosen_ids) - len(pair.rejected_ids) for pair in pairs])
     assert found["reference_accuracy"] == np.mean([chosen > rejected for chosen, rejected in sums])
