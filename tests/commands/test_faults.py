@@ -607,7 +607,7 @@ def test_a_killed_writer_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> N
         assert status
         was_alive = is_alive(status)
         writer.kill()
-        writer.stdout.read()
+        os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays to be waited for
         is_alive_after = is_alive(status)
     assert was_alive
     assert not is_alive_after
