@@ -62,3 +62,9 @@ class PreemptedError(DpoError):
     """Stopped on request after saving: the same line goes on from there."""
 
     exit_code = ExitCode.PREEMPTED
+
+
+def in_words(error: Exception) -> str:
+    """The first line of what a library says, with the kind of error where that is a mere name or nothing."""
+    line = (str(error).strip().splitlines() or [""])[0].rstrip(" .:")
+    return line if " " in line else f"{type(error).__name__} {line}".rstrip()

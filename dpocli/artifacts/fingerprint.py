@@ -6,13 +6,14 @@ train and evaluate too), and information.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpocli.artifacts.differences import changes, content_differences, file_differences
-from dpocli.artifacts.hashing import HashMemory, code_hashes, digest_json, meaningful_config, weights_hashes
+from dpocli.artifacts.hashing import HashMemory, digest_json
+from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
 from dpocli.artifacts.tokenizer_identity import TokenizerIdentity
 from dpocli.config.models import DataOptions
 from dpocli.data.rows import ContentPart
@@ -38,28 +39,24 @@ SETTINGS = (
 An option added later must be left out of the fingerprint while it has the value that older caches were made with.
 """
 
+_NO_REFERENCE: dict[str, Any] = {name.name: None for name in fields(ModelIdentity)} | {"code": {}}
+
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the values of a cache depend on. `weights`, `config` and `dtype` are None where no reference scored it."""
+    """What the values of a cache depend on. `reference` and `dtype` are None where no reference scored it."""
 
     tokenizer: TokenizerIdentity
     content: tuple[ContentPart, ...]
     settings: Mapping[str, Any]
-    weights: Mapping[str, str] | None = None
-    """sha256 of each weights file, by name."""
-    config: Mapping[str, Any] | None = None
-    code: Mapping[str, str] = field(default_factory=dict)
-    """sha256 of each Python file of the model, where --trust-remote-code runs them."""
-    adapter: Mapping[str, Any] | None = None
-    quantization: str | None = None
+    reference: ModelIdentity | None = None
     dtype: str | None = None
     information: Mapping[str, Any] = field(default_factory=dict)
     """Never compared: attention implementation, versions, device, …"""
 
     @property
     def is_scored(self) -> bool:
-        return self.weights is not None
+        return self.reference is not None
 
     @cached_property
     def digest(self) -> str:
@@ -73,7 +70,7 @@ class Fingerprint:
         return digest_json(self._reference())
 
     def _reference(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("weights", "config", "code", "adapter", "quantization")}
+        return asdict(self.reference) if self.reference else _NO_REFERENCE
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -88,8 +85,9 @@ class Fingerprint:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
         """What `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        reference = value["reference"]
         return cls(
-            **value["reference"],
+            reference=None if reference["weights"] is None else ModelIdentity(**reference),
             dtype=value["dtype"],
             tokenizer=TokenizerIdentity.from_json(value["tokenizer"]),
             content=tuple(ContentPart(**part) for part in value["content"]),
@@ -105,9 +103,8 @@ def build_fingerprint(
     content: Sequence[ContentPart],
     total_rows: int,
     rows_per_part: int,
-    model_dir: Path | None = None,
+    model: ModelFiles | None = None,
     dtype: str | None = None,
-    trust_remote_code: bool = False,
     information: Mapping[str, Any] | None = None,
     hash_memory_path: Path | None = None,
 ) -> Fingerprint:
@@ -119,9 +116,8 @@ def build_fingerprint(
         content: the data files, in order.
         total_rows: rows used of them all.
         rows_per_part: rows in each tile.
-        model_dir: the reference; None for pairs that no reference scores.
+        model: the reference; None for pairs that no reference scores.
         dtype: of the reference's forward pass ("bfloat16").
-        trust_remote_code: whether Python files beside the model are run.
         information: anything worth knowing that decides no value.
         hash_memory_path: file in which hashes of weights are remembered.
 
@@ -133,10 +129,8 @@ def build_fingerprint(
         tokenizer=TokenizerIdentity.of(tokenizer),
         content=tuple(content),
         settings={**settings, "total_rows": total_rows, "rows_per_part": rows_per_part},
-        weights=weights_hashes(model_dir, HashMemory(hash_memory_path)) if model_dir else None,
-        config=meaningful_config(model_dir) if model_dir else None,
-        code=code_hashes(model_dir) if model_dir and trust_remote_code else {},
-        dtype=dtype if model_dir else None,
+        reference=model.identity(HashMemory(hash_memory_path)) if model else None,
+        dtype=dtype if model else None,
         information=information or {},
     )
 
@@ -157,29 +151,28 @@ def compare(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
 
 def compare_references(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
     """What differs of the reference model: weights, config, code, adapter, quantization."""
-    if stored.is_scored != wanted.is_scored:
-        return ["reference: none -> a model" if wanted.is_scored else "reference: a model -> none"]
+    before, after = stored.reference, wanted.reference
+    if before is None or after is None:
+        return [] if before is after else [f"reference: {_model_or_none(before)} -> {_model_or_none(after)}"]
     return [
-        *file_differences("weights", stored.weights or {}, wanted.weights or {}),
-        *changes("config.json", stored.config, wanted.config),
-        *file_differences("code", stored.code, wanted.code),
-        *changes("adapter", stored.adapter, wanted.adapter),
-        *changes("quantization", stored.quantization, wanted.quantization),
+        *file_differences("weights", before.weights, after.weights),
+        *changes("config.json", before.config, after.config),
+        *file_differences("code", before.code, after.code),
+        *changes("adapter", before.adapter, after.adapter),
+        *changes("quantization", before.quantization, after.quantization),
     ]
 
 
-def is_reference(fingerprint: Fingerprint, model_dir: Path, hash_memory_path: Path | None = None) -> bool:
-    """Whether a model directory holds, by content, the reference that a cache was made with."""
-    if fingerprint.adapter is not None or fingerprint.quantization is not None:
-        return False
-    return fingerprint.weights == weights_hashes(model_dir, HashMemory(hash_memory_path))
-
-
-def config_differences(fingerprint: Fingerprint, model_dir: Path) -> list[str]:
-    """What of the reference's config.json is other in a model directory, in words."""
-    return changes("config.json", fingerprint.config, meaningful_config(model_dir))
+def config_differences(fingerprint: Fingerprint, model: ModelIdentity) -> list[str]:
+    """What of the reference's config.json is other in a model, in words."""
+    assert fingerprint.reference
+    return changes("config.json", fingerprint.reference.config, model.config)
 
 
 def information_differences(fingerprint: Fingerprint, now: Mapping[str, Any]) -> list[str]:
     """What of the information (versions, device) is other now than when a cache was made, in words."""
     return changes("", fingerprint.information, now)
+
+
+def _model_or_none(reference: ModelIdentity | None) -> str:
+    return "a model" if reference else "none"

@@ -1,6 +1,7 @@
 """`dpocli evaluate`: reward accuracy and margins of a policy over a cache."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,17 +15,11 @@ from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.config.loss_choice import LossChoice, named
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
+from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.mesh import Processes, joined, pick_device
-from dpocli.engine.model import (
-    Provenance,
-    dtype_name,
-    environment,
-    load_model,
-    load_tokenizer,
-    locate_model,
-    pick_dtype,
-)
+from dpocli.engine.model import dtype_name, environment, load_model, pick_dtype
 from dpocli.engine.passes import PairView, my_passes, score, token_budget
+from dpocli.engine.saved_model import Provenance
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import NumericsError, PreemptedError
@@ -40,12 +35,13 @@ PAIRS_AT_ONCE = 4096
 def run(options: EvaluateOptions, terminal: Terminal) -> None:
     """Scores every pair with the policy, once, and reports what the rewards of each loss say."""
     device = pick_device(options.device)
-    directory = locate_model(options)
-    provenance = Provenance.of(directory)
+    files = locate_model(options)
+    provenance = Provenance.of(files.adapter or files.directory)
+    files = replace(files, quantization=files.quantization or provenance.quantization)
     by_name = named(options.loss_choices(provenance.loss))
     losses = list(by_name.values())
     check_inputs(options, losses, provenance.trained_from)
-    inputs = Inputs.open(options, losses, load_tokenizer(directory, options), terminal)
+    inputs = Inputs.open(options, losses, load_tokenizer(files, options), terminal)
     with (
         joined(device) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
@@ -57,7 +53,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         out.write_config(options)
         _tell_other_reference(provenance, store, terminal)
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
-        model = load_model(directory, options, dtype, device)
+        model = load_model(files, options, dtype, device)
         wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
         budget = token_budget(options.token_budget, device)
         scorer = PairScorer(model, collision=wanted.collision, token_budget=budget)

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint, compare
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.reuse import Reusable
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.artifacts.status import mark_recorded
@@ -27,8 +27,9 @@ from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
 from dpocli.data.sources import Rows, open_rows
+from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.mesh import launched, pick_device
-from dpocli.engine.model import dtype_name, environment, load_tokenizer, locate_model, pick_dtype
+from dpocli.engine.model import dtype_name, environment, pick_dtype
 from dpocli.engine.stop import StopFlag
 from dpocli.errors import CacheError, PreemptedError
 from dpocli.terminal import Printer, Terminal
@@ -45,7 +46,7 @@ class Job:
     terminal: Terminal
     device: torch.device
     dtype: torch.dtype
-    model_directory: Path
+    model: ModelFiles
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
 
@@ -53,9 +54,9 @@ class Job:
     def of(cls, options: PrecomputeOptions, terminal: Terminal) -> "Job":
         device = pick_device(options.device, options.launcher)
         dtype = pick_dtype(options.dtype, device)
-        model_directory = locate_model(options)
-        tokenizer = load_tokenizer(model_directory, options)
-        job = cls(options, terminal, device, dtype, model_directory, tokenizer, open_rows(options))
+        model = locate_model(options)
+        tokenizer = load_tokenizer(model, options)
+        job = cls(options, terminal, device, dtype, model, tokenizer, open_rows(options))
         check_out(options.out, "precompute")
         return job
 
@@ -68,9 +69,8 @@ class Job:
             content=self.rows.content,
             total_rows=self.rows.num_rows,
             rows_per_part=options.rows_per_part,
-            model_dir=self.model_directory,
+            model=self.model,
             dtype=dtype_name(self.dtype),
-            trust_remote_code=options.trust_remote_code,
             information=environment(self.device),
             hash_memory_path=None if options.dry_run or options.verify else options.out / HASH_MEMORY_NAME,
         )
@@ -83,7 +83,7 @@ class Job:
         """Loads nothing yet."""
         reusable = Reusable.open(self.options.reuse, writer.fingerprint)
         say = self.terminal.say
-        return Reference(self.model_directory, self.options, self.dtype, self.device, reusable, writer.inform, say)
+        return Reference(self.model, self.options, self.dtype, self.device, reusable, writer.inform, say)
 
     def missing(self, writer: CacheWriter, between: Callable[[], None] = lambda: None) -> list[Tile]:
         """The tiles that this worker has to make. `between` is called before each is looked at."""

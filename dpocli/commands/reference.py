@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.reuse import Reusable
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.preference import EncodedPair
@@ -27,7 +27,7 @@ class Reference:
     """Gives pairs their log-probs: taken over from old caches where they have them, else scored.
 
     Args:
-        directory: of the model. It is not loaded before a pair has to be scored.
+        files: of the model. It is not loaded before a pair has to be scored.
         options: of the command.
         dtype: of the forward pass.
         device: to compute on.
@@ -38,7 +38,7 @@ class Reference:
 
     def __init__(
         self,
-        directory: Path,
+        files: ModelFiles,
         options: PrecomputeOptions,
         dtype: torch.dtype,
         device: torch.device,
@@ -46,7 +46,7 @@ class Reference:
         inform: Callable[[dict[str, str]], None],
         say: Callable[[str], None],
     ) -> None:
-        self._directory, self._options, self._dtype = directory, options, dtype
+        self._files, self._options, self._dtype = files, options, dtype
         self._alone = Processes(0, 1, device)
         self.reusable = reusable
         self._inform, self._say = inform, say
@@ -98,7 +98,7 @@ class Reference:
     @cached_property
     def _scorer(self) -> PairScorer:
         device = self._alone.device
-        model = load_model(self._directory, self._options, self._dtype, device)
+        model = load_model(self._files, self._options, self._dtype, device)
         return PairScorer(model, token_budget=token_budget(self._options.token_budget, device))
 
     @cached_property

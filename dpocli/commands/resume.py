@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
-from dpocli.artifacts.hashing import HashMemory, digest_json, weights_hashes
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.models import NUMBERS_OF_LOSSES, TrainOptions
 from dpocli.errors import UsageError
 from dpocli.options import load_options
@@ -47,14 +47,14 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
     return summary
 
 
-def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model_directory: Path) -> None:
+def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model: ModelFiles) -> None:
     """Raises UsageError where a finished run was made with other pairs or other weights than stand there now.
 
     What is gone since is not asked for: a cache may be deleted when all is done.
     """
     found = []
-    weights = summary.get("policy_weights")
-    if weights != digest_json(weights_hashes(model_directory, HashMemory(options.out / ".hashes.json"))):
+    weights = model.identity(HashMemory(options.out / HASH_MEMORY_NAME)).weights_digest
+    if weights != summary.get("policy_weights"):
         found.append(f"the weights of --model {options.model}")
     if options.reference and options.reference.is_dir():
         same_pairs = summary.get("pairs_digest") == PairStore.open(options.reference).fingerprint.digest

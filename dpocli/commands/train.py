@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,38 +9,30 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.fingerprint import config_differences, information_differences, is_reference
-from dpocli.artifacts.hashing import HashMemory, digest_json, weights_hashes
+from dpocli.artifacts.fingerprint import config_differences, information_differences
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
+from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
 from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
-from dpocli.config.hyperparameters import Need
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import step0
 from dpocli.engine.exactness import sample, settle
+from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.loop import run_steps
 from dpocli.engine.mesh import Processes, joined, pick_device
-from dpocli.engine.model import (
-    Provenance,
-    environment,
-    load_model,
-    load_tokenizer,
-    locate_model,
-    pick_dtype,
-    save_model,
-    source_dtype,
-)
-from dpocli.engine.passes import PairView, token_budget
+from dpocli.engine.model import environment, pick_dtype, source_dtype
+from dpocli.engine.passes import PairView
 from dpocli.engine.plan import describe
-from dpocli.engine.policy import Policy
+from dpocli.engine.policy import Policy, load_policy
+from dpocli.engine.saved_model import Provenance, merge, save_adapter, save_model
 from dpocli.engine.schedule import Schedule, learning_rates
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers, check_trackers
 from dpocli.engine.trainer import Trainer, adamw
 from dpocli.errors import NumericsError, UsageError
-from dpocli.objective.scoring import PairScorer
 from dpocli.terminal import Printer, Terminal
 
 
@@ -50,12 +41,13 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     loss = options.loss_choice()
     check_inputs(options, [loss])
     device = pick_device(options.device)
-    model_directory = locate_model(options)
+    files = locate_model(options)
+    options = options.for_model(is_adapter=files.adapter is not None)
     if finished := finished_summary(options):
-        check_same_content(options, finished, model_directory)
+        check_same_content(options, finished, files)
         terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
         return
-    tokenizer = load_tokenizer(model_directory, options)
+    tokenizer = load_tokenizer(files, options)
     check_trackers(options)
     inputs = Inputs.open(options, [loss], tokenizer, terminal)
     with ExitStack() as stack:
@@ -67,7 +59,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         check_weights(loss, [view for view in (training, held_out) if view])
         dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
-        policy = _load_policy(options, loss, model_directory, dtype, processes)
+        policy = load_policy(options, loss, files, dtype, processes)
         with policy.dropout_off():
             settle(
                 policy.scorer,
@@ -94,12 +86,12 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         if done:
             terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
         elif store.has_reference:
-            _check_step0(options, policy, training, model_directory, dtype, processes, terminal)
+            _check_step0(options, policy, training, files, dtype, processes, terminal)
         trackers = stack.enter_context(Trackers(options, done + 1, enabled=processes.is_first))
         # Only now: a start that was refused may be mended with other settings in the same directory.
         out.write_config(options)
         run_steps(trainer, done + 1, held_out, checkpoints, out, stop, trackers, terminal)
-        summary = _finish(options, loss, out, trainer, tokenizer, model_directory, store)
+        summary = _finish(options, loss, out, trainer, tokenizer, files, store)
         terminal.result(summary, lambda printer: _render(printer, summary))
 
 
@@ -122,24 +114,6 @@ def split_pairs(
     return PairView(store, everything[~held_out]), PairView(store, everything[held_out])
 
 
-def _load_policy(
-    options: TrainOptions,
-    loss: LossChoice,
-    model_directory: Path,
-    dtype: torch.dtype,
-    processes: Processes,
-) -> Policy:
-    # Master weights are float32; the policy's forward pass is in `dtype`.
-    model = load_model(model_directory, options, torch.float32, processes.device)
-    scorer = PairScorer(
-        model,
-        collision=Need.COLLISION in loss.needs,
-        router_loss=options.router_aux_loss_coef > 0,
-        token_budget=token_budget(options.token_budget, processes.device),
-    )
-    return Policy(scorer, options, dtype, processes)
-
-
 def _training_dtype(options: TrainOptions, store: PairStore, device: torch.device) -> torch.dtype:
     dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
     if dtype == torch.float16:
@@ -154,7 +128,7 @@ def _check_step0(
     options: TrainOptions,
     policy: Policy,
     training: PairView,
-    model_directory: Path,
+    files: ModelFiles,
     dtype: torch.dtype,
     processes: Processes,
     terminal: Terminal,
@@ -169,14 +143,17 @@ def _check_step0(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
             f"weights of --model {options.model}, or try --dtype float32."
         )
-    reference = training.store.fingerprint
-    if not processes.any(processes.is_first and is_reference(reference, model_directory, options.out / ".hashes.json")):
+    reference, start = training.store.fingerprint, _identity(files, options)
+    assert reference.reference
+    if not processes.any(processes.is_first and start.has_weights_of(reference.reference)):
         terminal.say(f"Step 0, against another model's reference: {found}")
+        if start.weights == reference.reference.weights and start.quantization != reference.reference.quantization:
+            terminal.warn(_other_quantization(options, start))
         return
     terminal.say(f"Step-0 check: {found}")
     if not found.holds:
         differing = [
-            *config_differences(reference, model_directory),
+            *config_differences(reference, start),
             *information_differences(reference, environment(processes.device, policy.scorer)),
         ]
         raise NumericsError(
@@ -192,7 +169,7 @@ def _finish(
     out: RunDirectory,
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
-    model_directory: Path,
+    files: ModelFiles,
     store: PairStore,
 ) -> dict[str, Any]:
     """The model, the curves and the summary."""
@@ -208,7 +185,7 @@ def _finish(
         "out": str(options.out),
         "model": str(options.out / "model"),
         "loss": loss.model_dump(),
-        "policy_weights": digest_json(weights_hashes(model_directory, HashMemory(options.out / ".hashes.json"))),
+        "policy_weights": _identity(files, options).weights_digest,
         "inputs": inputs_of(options),
         "pairs_digest": store.fingerprint.digest,
         "steps": trainer.schedule.num_steps,
@@ -219,23 +196,31 @@ def _finish(
         "scoring": trainer.throughput.summary(),
     }
     if policy.processes.is_first:
-        dtype = getattr(torch, options.save_dtype) if options.save_dtype else source_dtype(model_directory, options)
         provenance = Provenance(
             loss=loss,
             loss_states=trainer.loss_states,
             trained_from=options.model,
+            quantization=files.quantization,
             reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
         )
-        save_model(
-            options.out / "model",
-            policy.scorer.model,
-            policy.source_config,
-            weights,
-            policy.buffers,
-            tokenizer,
-            dtype,
-            provenance,
-        )
+        dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
+        directory = options.out / "model"
+        if policy.adapter:
+            save_adapter(directory, policy.adapter, files, weights, tokenizer, dtype or torch.float32, provenance)
+            if options.merge:
+                merge(options.out / "merged", files, directory, options, tokenizer, provenance)
+        else:
+            dtype = dtype or source_dtype(files, options)
+            save_model(
+                directory,
+                policy.scorer.model,
+                policy.source_config,
+                weights,
+                policy.buffers,
+                tokenizer,
+                dtype,
+                provenance,
+            )
         draw_curves(rows, options.out / "curves.png")
         out.write_summary(summary)
     policy.processes.wait()
@@ -253,4 +238,18 @@ def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
     ]
     printer.table(
         f"{summary['model']} after {summary['steps']:,} steps", ["", "last step", "held-out before", "held-out"], rows
+    )
+
+
+def _identity(files: ModelFiles, options: TrainOptions) -> ModelIdentity:
+    return files.identity(HashMemory(options.out / HASH_MEMORY_NAME))
+
+
+def _other_quantization(options: TrainOptions, start: ModelIdentity) -> str:
+    given = f"--quantization {start.quantization}" if start.quantization else "no --quantization"
+    line = f"dpocli precompute --config {options.reference}/config.yaml --out NEW-CACHE"
+    return (
+        f"{options.reference} was scored with the same weights in another quantization, so the rewards begin off zero. To "
+        f"compare like with like, score the pairs with {given}: {line}"
+        + (f" --quantization {start.quantization}" if start.quantization else " (and without its quantization)")
     )

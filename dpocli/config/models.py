@@ -24,6 +24,7 @@ class Panel(StrEnum):
     DATA = "Reading and encoding"
     LOSS = "Loss"
     OPTIMIZER = "Optimization"
+    ADAPTER = "Adapter"
     HELD_OUT = "Held-out evaluation"
     MODEL = "Model and arithmetic"
     RUN = "Running"
@@ -73,6 +74,10 @@ class ModelOptions(BaseModel):
 
     model: str = _option(..., Panel.MAIN, "model: a local directory or a hub id")
     revision: str | None = _option(None, Panel.MODEL, "revision of a hub model")
+    adapter: Path | None = _option(None, Panel.MODEL, "LoRA adapter on top of --model: a directory that peft wrote")
+    quantization: Literal["nf4", "int8"] | None = _option(
+        None, Panel.MODEL, "load the linear layers of --model in few bits (needs dpocli[quantization])"
+    )
     trust_remote_code: bool = _option(False, Panel.MODEL, "run code that comes with the model")
     dtype: Dtype | None = _option(
         None,
@@ -229,7 +234,21 @@ class TrainOptions(LossOptions, ModelOptions, DataOptions, Options):
     eval_every: int | None = _option(
         None, Panel.HELD_OUT, "steps between held-out evaluations (default: a tenth of the run)", ge=1
     )
-    learning_rate: float = _option(5e-7, Panel.OPTIMIZER, "peak learning rate of AdamW", gt=0)
+    lora_rank: int | None = _option(
+        None, Panel.ADAPTER, "train a LoRA adapter of this rank, and leave the model frozen", ge=1
+    )
+    lora_alpha: float | None = _option(None, Panel.ADAPTER, "scale of the adapter (default: twice the rank)", gt=0)
+    lora_targets: CommaList = _option(
+        ["all-linear"],
+        Panel.ADAPTER,
+        "names of the layers that get one, separated by commas (all-linear: all but the head)",
+    )
+    lora_dropout: float = _option(0.0, Panel.ADAPTER, "dropout before the adapter", ge=0, lt=1)
+    lora_variant: Literal["lora", "rslora", "dora"] = _option("lora", Panel.ADAPTER, "which of the family")
+    merge: bool = _option(False, Panel.ADAPTER, "also write the merged model, as OUT/merged")
+    learning_rate: float | None = _option(
+        None, Panel.OPTIMIZER, "peak learning rate of AdamW (default: 5e-7; 5e-6 for adapters)", gt=0
+    )
     batch_size: int | None = _option(
         None,
         Panel.OPTIMIZER,
@@ -268,6 +287,24 @@ class TrainOptions(LossOptions, ModelOptions, DataOptions, Options):
     keep_last: int = _option(2, Panel.RUN, "checkpoints to keep", ge=1)
     track: CommaList = _option([], Panel.RUN, "also log to: tensorboard, wandb (extras)")
 
+    def for_model(self, *, is_adapter: bool) -> Self:
+        """These options once it is known what `--model` is: an adapter's directory also stands for its base.
+
+        Raises:
+            UsageError: what is trained cannot be trained that way.
+        """
+        trains_adapter = is_adapter or self.lora_rank is not None
+        if is_adapter and self.lora_rank:
+            raise UsageError("--lora-rank: --model is an adapter, which is trained on as it is; leave the option out.")
+        if self.quantization and not trains_adapter:
+            raise UsageError(
+                f"--quantization {self.quantization}: quantized weights cannot be trained. Train an adapter on top: --lora-rank 16."
+            )
+        if self.merge and not trains_adapter:
+            raise UsageError("--merge: there is no adapter to merge; it belongs to --lora-rank and --adapter.")
+        rate = self.learning_rate or (5e-6 if trains_adapter else 5e-7)
+        return self.model_copy(update={"learning_rate": rate})
+
     def loss_choice(self) -> LossChoice:
         """The loss to train with. Arguments and errors as for `loss_choices`."""
         choices = self.loss_choices()
@@ -292,6 +329,11 @@ class TrainOptions(LossOptions, ModelOptions, DataOptions, Options):
             raise ValueError(f"track: {', '.join(sorted(unknown))} is not known; tensorboard and wandb are")
         if self.dtype == "float16":
             raise ValueError("dtype: gradients vanish in the narrow range of float16; train in bfloat16 or float32")
+        for name in ("lora_alpha", "lora_targets", "lora_dropout", "lora_variant"):
+            if self.lora_rank is None and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}: describes a new adapter, and there is none; give --lora-rank too")
+        if self.lora_rank and self.adapter:
+            raise ValueError("lora_rank: --adapter is trained on as it is; give one of the two")
         if self.eval_every and not (self.eval_reference or self.eval_fraction):
             raise ValueError("eval_every: there are no held-out pairs; give --eval-reference or --eval-fraction")
         _no_idle_data_options(self)

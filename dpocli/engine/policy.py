@@ -3,16 +3,52 @@
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from dpocli.artifacts.model_files import ModelFiles
+from dpocli.config.hyperparameters import Need
+from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
+from dpocli.engine import adapter as adapters
 from dpocli.engine.mesh import Processes, replica_mesh
-from dpocli.engine.model import without_dropout
+from dpocli.engine.model import load_base, without_dropout
+from dpocli.engine.passes import token_budget
 from dpocli.objective.scoring import PairScorer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def load_policy(
+    options: TrainOptions, loss: LossChoice, files: ModelFiles, dtype: torch.dtype, processes: Processes
+) -> "Policy":
+    """The model to train, all of it or an adapter on top of a frozen base.
+
+    Raises:
+        UsageError: the model cannot be loaded, or cannot be trained as it is asked for.
+    """
+    adapter = None
+    if files.adapter or options.lora_rank:
+        # The base is frozen, so it needs no float32 master of its own.
+        model = load_base(files, options, dtype, processes.device)
+        model.requires_grad_(False)
+        adapter = (
+            adapters.put_on(model, files.adapter, trainable=True) if files.adapter else adapters.new(model, options)
+        )
+    else:
+        model = load_base(files, options, torch.float32, processes.device)
+    scorer = PairScorer(
+        model,
+        collision=Need.COLLISION in loss.needs,
+        router_loss=options.router_aux_loss_coef > 0,
+        token_budget=token_budget(options.token_budget, processes.device),
+    )
+    return Policy(scorer, options, dtype, processes, adapter)
 
 
 class Policy:
@@ -23,11 +59,20 @@ class Policy:
     in that dtype, which autocast does not.
     """
 
-    def __init__(self, scorer: PairScorer, options: TrainOptions, dtype: torch.dtype, processes: Processes) -> None:
+    def __init__(
+        self,
+        scorer: PairScorer,
+        options: TrainOptions,
+        dtype: torch.dtype,
+        processes: Processes,
+        adapter: "PeftModel | None" = None,
+    ) -> None:
+        self.adapter = adapter
+        """Where one is trained instead of the model."""
         self.source_config = copy.deepcopy(scorer.model.config)
         """As it was, to be saved with the trained model."""
         if not options.model_dropout:
-            without_dropout(scorer.model)
+            without_dropout(scorer.model, but="lora_dropout")  # which has an option of its own
         scorer.train()
         if options.gradient_checkpointing:
             # The name changed in transformers 5.2x.
@@ -45,12 +90,15 @@ class Policy:
         inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
         layers = decoder_layers(scorer)
+        frozen = {parameter for parameter in scorer.parameters() if not parameter.requires_grad}
         for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=inner, reshard_after_forward=False)
-        fully_shard(scorer, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
+            fully_shard(layer, mesh=mesh, mp_policy=inner, reshard_after_forward=False, ignored_params=frozen)
+        fully_shard(scorer, mesh=mesh, mp_policy=outer, reshard_after_forward=False, ignored_params=frozen)
         # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
-        self.masters: list[tuple[str, nn.Parameter]] = list(scorer.model.named_parameters())
-        """The float32 master weights: names as the source model knows them, each tensor once."""
+        self.masters: list[tuple[str, nn.Parameter]] = [
+            (name, parameter) for name, parameter in scorer.model.named_parameters() if parameter.requires_grad
+        ]
+        """The float32 master weights that are trained: names as the source model knows them, each tensor once."""
         ends = [layers[0], layers[-1]] if layers else [scorer]
         self._outer_layers = [parameter for layer in ends for parameter in layer.parameters()]
 
@@ -63,7 +111,7 @@ class Policy:
 
     def num_parameters(self) -> int:
         """Trainable ones."""
-        return sum(parameter.numel() for _, parameter in self.masters if parameter.requires_grad)
+        return sum(parameter.numel() for _, parameter in self.masters)
 
     @contextmanager
     def dropout_off(self) -> Iterator[None]:

@@ -63,4 +63,6 @@ def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], flo
     warmup = math.ceil(options.warmup_ratio * num_steps)
     name = "constant_with_warmup" if options.lr_schedule == "constant" else options.lr_schedule
     factor = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
-    return lambda step: options.learning_rate * float(factor.lr_lambdas[0](step))
+    assert options.learning_rate
+    peak = options.learning_rate
+    return lambda step: peak * float(factor.lr_lambdas[0](step))

@@ -188,10 +188,10 @@ class Trainer:
 
 
 def adamw(policy: Policy, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over every parameter, in float32."""
+    """AdamW over every parameter that is trained, in float32."""
     return torch.optim.AdamW(
-        [parameter for _, parameter in policy.masters if parameter.requires_grad],
-        lr=options.learning_rate,
+        [parameter for _, parameter in policy.masters],
+        lr=options.learning_rate or 0.0,  # set at every step
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         weight_decay=options.weight_decay,

@@ -13,7 +13,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.data.preference import Skipped, SkipReason
 from dpocli.errors import CacheError
-from tests.artifacts.frozen_cache_v1.make_frozen_cache import describe, fill, make_fingerprint, make_pair
+from tests.artifacts.frozen_cache_v1.make_frozen_cache import REFERENCE, describe, fill, make_fingerprint, make_pair
 
 FROZEN = Path(__file__).parent / "frozen_cache_v1"
 
@@ -279,7 +279,8 @@ def test_tokens_that_do_not_have_their_hash_are_refused(tmp_path):
 def test_the_same_reference_is_told_from_another(tmp_path, made):
     fill(tmp_path / "held-out", 20, 10, max_length=32)
     PairStore.open(made).check_same_reference(PairStore.open(tmp_path / "held-out"))
-    other = replace(make_fingerprint(1, 1), weights={"model.safetensors": "c" * 64})
+    other = make_fingerprint(1, 1)
+    other = replace(other, reference=replace(REFERENCE, weights={"model.safetensors": "c" * 64}))
     writer = CacheWriter(tmp_path / "other", other, 1, 1)
     writer.check()
     writer.write(writer.tiles[0], [make_pair(0)])

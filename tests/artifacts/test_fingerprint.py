@@ -14,8 +14,8 @@ from dpocli.artifacts.fingerprint import (
     compare,
     compare_references,
     information_differences,
-    is_reference,
 )
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.tokenizer_identity import TokenizerIdentity, compare_tokenizer
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.rows import ContentPart
@@ -31,6 +31,8 @@ NEVER_IN_THE_FINGERPRINT = {
     "token_budget": "speed",
     "model": "stands there by content",
     "revision": "stands there by content",
+    "adapter": "stands there by content",
+    "quantization": "stands there as part of the reference",
     "trust_remote_code": "stands there by content (code)",
     "dtype": "stands there as resolved",
     "data": "stands there by content",
@@ -105,9 +107,8 @@ def build(model_dir, tokenizer=None, content=CONTENT, dtype="float32", rows_per_
         content=content,
         total_rows=100,
         rows_per_part=rows_per_part,
-        model_dir=model_dir,
+        model=model_dir and ModelFiles(model_dir, runs_code=trust),
         dtype=dtype,
-        trust_remote_code=trust,
         information={"device": "cpu"},
     )
 
@@ -116,6 +117,10 @@ def with_file(model_dir, tmp_path, name, content):
     copy = shutil.copytree(model_dir, tmp_path / "changed")
     (copy / name).write_text(content)
     return copy
+
+
+def with_reference(fingerprint, **changed):
+    return replace(fingerprint, reference=replace(fingerprint.reference, **changed))
 
 
 def test_every_option_is_in_the_fingerprint_or_has_a_reason_not_to_be():
@@ -202,7 +207,7 @@ def test_changes_of_the_model(model_dir, tmp_path, name, content, words):
 
 def test_weights_files_that_come_and_go(model_dir):
     before = build(model_dir)
-    after = replace(before, weights={"model-1.safetensors": "0" * 64})
+    after = with_reference(before, weights={"model-1.safetensors": "0" * 64})
     assert compare(before, after) == ["weights: model-1.safetensors is new", "weights: model.safetensors is gone"]
 
 
@@ -214,16 +219,18 @@ def test_remote_code_counts_where_it_is_run(model_dir, tmp_path):
 
 def test_a_store_without_a_reference(model_dir):
     unscored = build(None)
-    assert (unscored.weights, unscored.config, unscored.dtype) == (None, None, None)
+    assert (unscored.reference, unscored.dtype) == (None, None)
     assert "reference: none -> a model" in compare(unscored, build(model_dir))
     assert not unscored.is_scored
 
 
 def test_whether_a_policy_is_the_reference(model_dir, tmp_path):
-    fingerprint = build(model_dir)
-    assert is_reference(fingerprint, shutil.copytree(model_dir, tmp_path / "copy"))
-    assert not is_reference(fingerprint, with_file(model_dir, tmp_path, "model.safetensors", "other"))
-    assert not is_reference(replace(fingerprint, quantization="nf4"), model_dir)
+    reference = ModelFiles(model_dir).identity()
+    assert ModelFiles(shutil.copytree(model_dir, tmp_path / "copy")).identity().has_weights_of(reference)
+    assert ModelFiles(with_file(model_dir, tmp_path, "config.json", "{}")).identity().has_weights_of(reference)
+    other = with_file(tmp_path / "copy", tmp_path / "another", "model.safetensors", "other")
+    assert not ModelFiles(other).identity().has_weights_of(reference)
+    assert not ModelFiles(model_dir, quantization="nf4").identity().has_weights_of(reference)
 
 
 def identity_of_saved(tokenizer, directory):

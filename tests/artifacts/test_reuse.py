@@ -10,7 +10,14 @@ from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.reuse import Reusable
 from dpocli.data.preference import ReferenceLogps
 from dpocli.errors import CacheError
-from tests.artifacts.frozen_cache_v1.make_frozen_cache import KEPT, SKIPPED_ROWS, fill, make_fingerprint, make_pair
+from tests.artifacts.frozen_cache_v1.make_frozen_cache import (
+    KEPT,
+    REFERENCE,
+    SKIPPED_ROWS,
+    fill,
+    make_fingerprint,
+    make_pair,
+)
 from tests.caches import tree
 
 ROWS = [row for row in range(10) if row not in SKIPPED_ROWS]
@@ -139,6 +146,10 @@ def test_an_incomplete_cache_gives_what_it_has(tmp_path):
     assert [pair.row for pair in found if pair.reference] == [row for row in ROWS if row >= 6]
 
 
+def changed(dtype="float32", **of_reference):
+    return replace(make_fingerprint(), dtype=dtype, reference=replace(REFERENCE, **of_reference))
+
+
 DECIDE = [
     ({"dtype": "bfloat16"}, "dtype: float32 -> bfloat16"),
     ({"weights": {"model.safetensors": "c" * 64}}, "weights: model.safetensors differs"),
@@ -153,12 +164,12 @@ DECIDE = [
 def test_what_decides_values_must_be_equal(tmp_path, change, words):
     fill(tmp_path)
     with pytest.raises(CacheError, match=rf"--reuse .*{words}.*Leave it out"):
-        Reusable.open([tmp_path], replace(make_fingerprint(), **change))
+        Reusable.open([tmp_path], changed(**change))
 
 
 def test_everything_that_differs_is_said_at_once(tmp_path):
     fill(tmp_path)
-    other = replace(make_fingerprint(), dtype="bfloat16", quantization="int8", weights={"model.safetensors": "c" * 64})
+    other = changed("bfloat16", quantization="int8", weights={"model.safetensors": "c" * 64})
     with pytest.raises(CacheError, match=r"weights: .*; quantization: .*; dtype: "):
         Reusable.open([tmp_path], other)
 

@@ -36,6 +36,7 @@ from environments import ROOT, append_to_results, in_own_process, machine, markd
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.fingerprint import Fingerprint, build_fingerprint
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.triage import triage
 from dpocli.config.models import DataOptions
 from dpocli.data.preference import EncodedPair, ReferenceLogps
@@ -78,7 +79,7 @@ def fingerprint_of(pairs: int) -> Fingerprint:
         content=[ContentPart("synthetic.jsonl", "0" * 64, pairs)],
         total_rows=pairs,
         rows_per_part=ROWS_PER_PART,
-        model_dir=MODEL,
+        model=ModelFiles(MODEL),
         dtype="float32",
     )
 

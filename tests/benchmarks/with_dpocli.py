@@ -13,6 +13,7 @@ from measuring import Outcome, Pair, PeakMemory, Stopwatch
 from torch import Tensor
 
 from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import ModelOptions, TrainOptions
 from dpocli.data.batches import Layout, PairBatch, pack
@@ -159,7 +160,9 @@ def _reading_seconds(cache: Path, count: int) -> float:
 def _scorer(model: Path, without: str | None, budget: int | None) -> PairScorer:
     kind = _EveryPosition if without == "completion positions only" else PairScorer
     tokens = 16 if without == "several pairs a pass" else token_budget(budget, CPU)
-    scorer = kind(load_model(model, ModelOptions(model=str(model)), torch.float32, CPU), token_budget=tokens)
+    scorer = kind(
+        load_model(ModelFiles(model), ModelOptions(model=str(model)), torch.float32, CPU), token_budget=tokens
+    )
     without_layout = {"shared prompts": Layout.PACKED, "packed rows": Layout.PADDED}
     scorer.lay_out(without_layout.get(without or "", Layout.SHARED))
     return scorer

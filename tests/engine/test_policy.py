@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from dpocli.config.models import TrainOptions
 from dpocli.data.batches import PairBatch
 from dpocli.engine.mesh import Processes, joined
-from dpocli.engine.model import Provenance, save_model
 from dpocli.engine.policy import Policy, decoder_layers
+from dpocli.engine.saved_model import Provenance, save_model
 from dpocli.objective.scoring import PairScorer
 from tests.pairs import random_pairs
 from tests.tiny_models import FAMILIES, build

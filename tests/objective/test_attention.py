@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.models import ModelOptions
 from dpocli.data.batches import Layout, PairBatch
 from dpocli.data.preference import EncodedPair
@@ -185,6 +186,6 @@ def test_a_cap_on_the_attention_scores_survives_loading(tmp_path: Path) -> None:
     model = build("gemma2-window-softcap")
     model.save_pretrained(tmp_path)
     options = ModelOptions.model_construct(model=str(tmp_path), trust_remote_code=False)
-    loaded = load_model(tmp_path, options, torch.float32, torch.device("cpu"))
+    loaded = load_model(ModelFiles(tmp_path), options, torch.float32, torch.device("cpu"))
     pairs = awkward_pairs()
     assert_same(plain_batch(loaded, pairs), plain_batch(model, pairs))

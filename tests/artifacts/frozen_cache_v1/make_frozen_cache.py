@@ -16,6 +16,7 @@ import numpy as np
 from dpocli.artifacts.cache_format import KeptType
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.fingerprint import Fingerprint
+from dpocli.artifacts.model_files import ModelIdentity
 from dpocli.artifacts.tokenizer_identity import TokenizerIdentity
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
 from dpocli.data.rows import ContentPart
@@ -30,6 +31,13 @@ KEPT: Mapping[str, KeptType] = {
     "extra": "json",
 }
 SKIPPED_ROWS = (2, 7)
+REFERENCE = ModelIdentity(
+    weights={"model.safetensors": "b" * 64},
+    config={"model_type": "llama", "hidden_size": 8},
+    code={},
+    adapter=None,
+    quantization=None,
+)
 
 
 def make_fingerprint(
@@ -51,8 +59,7 @@ def make_fingerprint(
         tokenizer=tokenizer,
         content=(ContentPart("prefs.jsonl", "a" * 64, total_rows),),
         settings={"max_length": 64, **settings, "total_rows": total_rows, "rows_per_part": rows_per_part},
-        weights={"model.safetensors": "b" * 64} if scored else None,
-        config={"model_type": "llama", "hidden_size": 8} if scored else None,
+        reference=REFERENCE if scored else None,
         dtype="float32" if scored else None,
         information={"device": "cpu"},
     )

@@ -1,0 +1,112 @@
+"""What a model is made of: a base, an adapter on top of it, and how its weights are quantized, all told by content."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpocli.artifacts.files import file_errors_in_words
+from dpocli.artifacts.hashing import HashMemory, code_hashes, digest_json, meaningful_config, weights_hashes
+from dpocli.errors import UsageError
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_ADAPTER_CONFIG_WITHOUT_MEANING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+"""Where an adapter came from, how it began and how it was trained: none of it decides what it computes now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine's disks."""
+
+    directory: Path
+    """Of the base: `config.json` and the weights."""
+    adapter: Path | None = None
+    """Directory that peft wrote."""
+    quantization: str | None = None
+    runs_code: bool = False
+    """Whether Python files beside the model are run."""
+
+    def identity(self, hash_memory: HashMemory | None = None) -> "ModelIdentity":
+        """Raises UsageError where weights or configurations are missing or cannot be read."""
+        memory = hash_memory or HashMemory()
+        adapter = None
+        if self.adapter:
+            adapter = {
+                "weights": weights_hashes(self.adapter, memory)[ADAPTER_WEIGHTS],
+                "config": _meaning(adapter_config(self.adapter)),
+            }
+        return ModelIdentity(
+            weights=weights_hashes(self.directory, memory),
+            config=meaningful_config(self.directory),
+            code=code_hashes(self.directory) if self.runs_code else {},
+            adapter=adapter,
+            quantization=self.quantization,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What decides the values that a model computes in a given dtype."""
+
+    weights: Mapping[str, str]
+    """sha256 of each weights file, by name."""
+    config: Mapping[str, Any]
+    code: Mapping[str, str]
+    """sha256 of each Python file of the model, where --trust-remote-code runs them."""
+    adapter: Mapping[str, Any] | None
+    quantization: str | None
+
+    def has_weights_of(self, other: "ModelIdentity") -> bool:
+        """Whether both load the same tensors, whatever their configurations say to do with them."""
+        return (self.weights, self.adapter, self.quantization) == (other.weights, other.adapter, other.quantization)
+
+    @property
+    def weights_digest(self) -> str:
+        """Names the tensors that are loaded."""
+        if self.adapter is None and self.quantization is None:
+            return digest_json(self.weights)
+        return digest_json([self.weights, self.adapter, self.quantization])
+
+
+def adapter_config(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json` as it stands.
+
+    Raises:
+        UsageError: there is none, or it is no JSON object.
+    """
+    path = directory / ADAPTER_CONFIG
+    with file_errors_in_words(f"Reading {path}"):
+        content = path.read_bytes()
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}). Copy or save the adapter again.") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} holds no JSON object. Copy or save the adapter again.")
+    return config
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Less what decides nothing, and what is off: later versions of peft write more fields, all of them off."""
+    return {
+        name: sorted(value, key=str) if isinstance(value, list) else value
+        for name, value in sorted(config.items())
+        if name not in _ADAPTER_CONFIG_WITHOUT_MEANING and value not in (None, False, [], {}, "none")
+    }

@@ -1,0 +1,128 @@
+"""Where the model and the tokenizer of a command line lie: directories, adapters on top of them, snapshots of the hub."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dpocli.artifacts.hashing import meaningful_config
+from dpocli.artifacts.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
+from dpocli.config.models import ModelOptions
+from dpocli.errors import UsageError, in_words
+
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "tokenization_*.py")
+"""One of them stands beside every model. Without any, transformers makes an empty tokenizer for some architectures."""
+
+
+def locate_model(options: ModelOptions) -> ModelFiles:
+    """What `--model` and `--adapter` name: a directory as given, or the hub's snapshot (from the local cache when offline).
+
+    An adapter's directory given as `--model` stands for its base with the adapter on top.
+
+    Raises:
+        UsageError: it is no model directory, or cannot be found, or its weights are not safetensors.
+    """
+    directory = _directory(options.model, options.revision, f"--model {options.model}")
+    adapter = options.adapter
+    if adapter:
+        _check_adapter(adapter, f"--adapter {adapter}")
+    elif (directory / ADAPTER_CONFIG).is_file():
+        adapter, directory = directory, _base_of(directory)
+    _check_model(directory, f"--model {options.model}")
+    return ModelFiles(directory, adapter, options.quantization, options.trust_remote_code)
+
+
+def _directory(name: str, revision: str | None, asked: str) -> Path:
+    given = Path(name).expanduser()
+    directory = given if given.exists() else _snapshot(name, revision, asked)
+    if not directory.is_dir():
+        raise UsageError(f"{asked}: this is a file; give the directory that holds config.json.")
+    return directory
+
+
+def _base_of(adapter: Path) -> Path:
+    """The model that an adapter was made for, as the adapter remembers it."""
+    config = adapter_config(adapter)
+    asked = f"--model {adapter}: this is an adapter"
+    _check_adapter(adapter, asked)
+    if not (base := config.get("base_model_name_or_path")):
+        raise UsageError(f"{asked} that does not say of which model. Give --model BASE --adapter {adapter}.")
+    try:
+        return _directory(str(base), config.get("revision"), f"{asked} of {base}")
+    except UsageError as error:
+        raise UsageError(f"{error} Or give --model BASE --adapter {adapter}.") from None
+
+
+def _check_adapter(directory: Path, asked: str) -> None:
+    if not (directory / ADAPTER_CONFIG).is_file():
+        raise UsageError(
+            f"{asked}: there is no {ADAPTER_CONFIG} in it. Give the directory of an adapter that peft saved."
+        )
+    if (kind := adapter_config(directory).get("peft_type")) != "LORA":
+        raise UsageError(f"{asked}: it is of the type {kind}; LoRA adapters (DoRA and rsLoRA among them) can be used.")
+    if adapter_config(directory).get("alora_invocation_tokens"):
+        raise UsageError(f"{asked}: it acts only after certain tokens (aLoRA), which is not supported.")
+    if not (directory / ADAPTER_WEIGHTS).is_file():
+        raise UsageError(f"{asked}: there is no {ADAPTER_WEIGHTS} in it. Save the adapter again, as safetensors.")
+
+
+def _check_model(directory: Path, asked: str) -> None:
+    if (directory / ADAPTER_CONFIG).is_file():  # transformers would load the adapter with it, unasked
+        raise UsageError(
+            f"{asked}: {directory} holds an adapter ({ADAPTER_CONFIG}) where its base is looked for. Put the adapter into a "
+            "directory of its own."
+        )
+    if not (directory / "config.json").is_file():
+        if any(directory.glob("rows-*.parquet")):
+            raise UsageError(
+                f"{asked}: this is a reference cache, not a model. Give it as --reference, and as "
+                "--model the directory with config.json and the weights."
+            )
+        mend = (
+            f"Did you mean {directory / 'model'}?"
+            if (directory / "model").is_dir()
+            else "Give the directory of a saved model."
+        )
+        raise UsageError(f"{asked}: there is no config.json in it, so it is no model directory. {mend}")
+    meaningful_config(directory)
+    if not any(directory.glob("*.safetensors")):
+        if pickled := sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern)):
+            raise UsageError(
+                f"{asked}: its weights are pickled ({pickled[0]}), which can run code when read. Load "
+                "the model once where you trust it and save it with save_pretrained(…), which writes safetensors."
+            )
+        raise UsageError(f"{asked}: there are no weights (*.safetensors) in it. Fetch or copy the model again.")
+
+
+def _snapshot(name: str, revision: str | None, asked: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UsageError(f"{asked}: there is no such directory.") from None
+    except Exception as error:  # the hub raises a different class for each of: no network, no such name, no access
+        raise UsageError(
+            f"{asked}: there is no such directory, and the model hub did not give it either "
+            f"({type(error).__name__}). Check the path, or fetch the model where there is a network."
+        ) from None
+
+
+def load_tokenizer(model: ModelFiles, options: ModelOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the adapter, where there is one, else beside the base."""
+    mend = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, …) of the model beside its weights."
+    directory = model.adapter if model.adapter and _has_tokenizer(model.adapter) else model.directory
+    if not _has_tokenizer(directory):
+        raise UsageError(f"--model {options.model}: there is no tokenizer in it. {mend}")
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # the libraries raise errors of many kinds for damaged files
+        raise UsageError(
+            f"--model {options.model}: its tokenizer cannot be loaded ({in_words(error)}). {mend}"
+        ) from error
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any(path for pattern in _VOCABULARIES for path in directory.glob(pattern))
