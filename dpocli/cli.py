@@ -17,7 +17,8 @@ import yaml
 
 from dpocli import __version__
 from dpocli.artifacts.status import Outcome, is_recorded, record_failure
-from dpocli.config.models import EvaluateOptions, Options, PrecomputeOptions, TrainOptions
+from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
+from dpocli.config.shared_options import Options
 from dpocli.errors import ExitCode, UsageError
 from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of
 from dpocli.terminal import Terminal, rank_from_environment, silence

@@ -21,7 +21,8 @@ from pydantic_core import ErrorDetails
 from dpocli import __version__
 from dpocli.config.foreign import foreign_option
 from dpocli.config.loss_choice import text_of_terms
-from dpocli.config.models import EvaluateOptions, Options, Panel, PrecomputeOptions, TrainOptions
+from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
+from dpocli.config.shared_options import Options, Panel
 from dpocli.errors import UsageError
 
 Text = str | bool | list[str]

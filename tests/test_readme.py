@@ -24,7 +24,8 @@ from dpocli.artifacts.cache_format import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
 from dpocli.config.foreign import FOREIGN_OPTIONS
 from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import LossOptions, PrecomputeOptions, TrainOptions
+from dpocli.config.models import PrecomputeOptions, TrainOptions
+from dpocli.config.shared_options import LossOptions
 from dpocli.data.forms import to_preference
 from dpocli.data.rows import RawRow
 from dpocli.errors import ExitCode

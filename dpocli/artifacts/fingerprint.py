@@ -15,7 +15,7 @@ from dpocli.artifacts.differences import changes, content_differences, file_diff
 from dpocli.artifacts.hashing import HashMemory, digest_json
 from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
 from dpocli.artifacts.tokenizer_identity import TokenizerIdentity
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.rows import ContentPart
 
 if TYPE_CHECKING:

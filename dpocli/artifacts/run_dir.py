@@ -23,7 +23,7 @@ from dpocli.artifacts.status import (
     new_status,
     shard_suffix,
 )
-from dpocli.config.models import Options
+from dpocli.config.shared_options import Options
 from dpocli.errors import DpoError, ExitCode, UsageError
 from dpocli.options import dump_yaml
 from dpocli.terminal import without_nan

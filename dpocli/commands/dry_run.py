@@ -8,7 +8,7 @@ import numpy as np
 
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.commands.reference import Reference
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.data.sources import Rows

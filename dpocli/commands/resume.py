@@ -8,7 +8,8 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.artifacts.model_files import ModelFiles
-from dpocli.config.models import NUMBERS_OF_LOSSES, TrainOptions
+from dpocli.config.models import TrainOptions
+from dpocli.config.shared_options import NUMBERS_OF_LOSSES
 from dpocli.errors import UsageError
 from dpocli.options import load_options
 

@@ -10,7 +10,7 @@ from itertools import islice
 
 from dpocli.artifacts.cache_format import Tile
 from dpocli.artifacts.cache_writer import CacheWriter
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.data.sources import Rows

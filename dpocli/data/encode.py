@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.drafts import REWRITTEN, Draft, MessageDrafter, SideText, draft_text, is_empty, num_turns
 from dpocli.data.forms import BadRowError, to_preference
 from dpocli.data.masks import side_mask

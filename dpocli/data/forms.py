@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.messages import (
     FieldError,
     as_turns,

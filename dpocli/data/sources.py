@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.forms import field_names, required_field_names
 from dpocli.data.rows import ContentPart, RawRow, RowFile
 from dpocli.data.tables import DatasetRows, Parquet

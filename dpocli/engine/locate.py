@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpocli.artifacts.hashing import meaningful_config
 from dpocli.artifacts.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
-from dpocli.config.models import ModelOptions
+from dpocli.config.shared_options import ModelOptions
 from dpocli.errors import UsageError, in_words
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 import dpocli
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.status import is_out_of_memory
-from dpocli.config.models import ModelOptions
+from dpocli.config.shared_options import ModelOptions
 from dpocli.engine import adapter
 from dpocli.engine.allocator import keep_freed_memory
 from dpocli.engine.quantization import quantization_config, without_inference_kernels

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpocli.artifacts.files import sync_directory, sync_file
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import ModelOptions
+from dpocli.config.shared_options import ModelOptions
 from dpocli.engine.adapter import put_on, quietly
 from dpocli.engine.model import load_base, source_dtype
 

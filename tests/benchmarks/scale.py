@@ -38,7 +38,7 @@ from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.fingerprint import Fingerprint, build_fingerprint
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.triage import triage
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.data.rows import ContentPart
 from dpocli.data.tokens import pair_id

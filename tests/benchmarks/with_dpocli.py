@@ -15,7 +15,8 @@ from torch import Tensor
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import ModelOptions, TrainOptions
+from dpocli.config.models import TrainOptions
+from dpocli.config.shared_options import ModelOptions
 from dpocli.data.batches import Layout, PairBatch, pack
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.engine import model as engine_model

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.drafts import NOT_A_PREFIX, REWRITTEN
 from dpocli.data.encode import NO_EOS, TEXT_FOR_A_CHAT_MODEL, Encoder, encode_rows, pair_id, prompt_hash
 from dpocli.data.forms import BadRowError

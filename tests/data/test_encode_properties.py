@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Preference, Skipped, SkipReason
 from dpocli.data.sources import open_rows

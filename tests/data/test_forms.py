@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.forms import BadRowError, to_preference
 from dpocli.data.preference import Preference
 from dpocli.data.rows import RawRow

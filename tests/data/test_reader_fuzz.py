@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
 from dpocli.data.forms import BadRowError, to_preference
 from dpocli.data.preference import EncodedPair, Preference, Skipped

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpocli.config.models import DataOptions
+from dpocli.config.shared_options import DataOptions
 from dpocli.data.json_list import CHUNK_CHARACTERS
 from dpocli.data.rows import RowFile
 from dpocli.data.sources import RawRow, Rows, open_rows

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpocli.artifacts.model_files import ModelFiles
-from dpocli.config.models import ModelOptions
+from dpocli.config.shared_options import ModelOptions
 from dpocli.data.batches import Layout, PairBatch
 from dpocli.data.preference import EncodedPair
 from dpocli.engine.model import load_model, without_dropout

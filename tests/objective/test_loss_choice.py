@@ -14,7 +14,8 @@ from dpocli.config.catalogue import CATALOGUE, MIXTURES, LossSpec, losses_using
 from dpocli.config.foreign import FOREIGN_LOSSES, REFUSED_LOSSES
 from dpocli.config.hyperparameters import BETA, Hyperparameter, Need, Value
 from dpocli.config.loss_choice import LossChoice, LossTerm, choices_of, named, split_list, text_of_terms
-from dpocli.config.models import NUMBERS_OF_LOSSES, EvaluateOptions, TrainOptions
+from dpocli.config.models import EvaluateOptions, TrainOptions
+from dpocli.config.shared_options import NUMBERS_OF_LOSSES
 from dpocli.errors import UsageError
 from dpocli.options import load_options
 

@@ -1,0 +1,52 @@
+"""Options of training alone: the optimizer, and adapters."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from dpocli.config.shared_options import CommaList, Panel, option
+
+
+class OptimizerOptions(BaseModel):
+    """How the policy moves, and how far."""
+
+    learning_rate: float | None = option(
+        None, Panel.OPTIMIZER, "peak learning rate of AdamW (default: 5e-7; 5e-6 for adapters)", gt=0
+    )
+    batch_size: int | None = option(
+        None,
+        Panel.OPTIMIZER,
+        "pairs per optimizer step, over all processes (default: 128, at most a tenth of the pairs)",
+        ge=1,
+    )
+    epochs: int | None = option(None, Panel.OPTIMIZER, "passes over the data (default: 1)", ge=1)
+    max_steps: int | None = option(None, Panel.OPTIMIZER, "optimizer steps, instead of --epochs", ge=1)
+    lr_schedule: Literal["linear", "cosine", "constant"] = option(
+        "linear", Panel.OPTIMIZER, "decay of the learning rate after warm-up"
+    )
+    warmup_ratio: float = option(
+        0.1, Panel.OPTIMIZER, "share of the steps in which the learning rate rises", ge=0, lt=1
+    )
+    weight_decay: float = option(0.0, Panel.OPTIMIZER, "weight decay of AdamW", ge=0)
+    adam_beta1: float = option(0.9, Panel.OPTIMIZER, "AdamW: decay of the first moment", ge=0, lt=1)
+    adam_beta2: float = option(0.999, Panel.OPTIMIZER, "AdamW: decay of the second moment", ge=0, lt=1)
+    adam_epsilon: float = option(1e-8, Panel.OPTIMIZER, "AdamW: term in the denominator", gt=0)
+    max_grad_norm: float = option(1.0, Panel.OPTIMIZER, "gradients are scaled down to this norm (0: never)", ge=0)
+    seed: int = option(0, Panel.OPTIMIZER, "order of the data and everything random", ge=0)
+
+
+class AdapterOptions(BaseModel):
+    """A low-rank adapter to be trained in place of the model."""
+
+    lora_rank: int | None = option(
+        None, Panel.ADAPTER, "train a LoRA adapter of this rank, and leave the model frozen", ge=1
+    )
+    lora_alpha: float | None = option(None, Panel.ADAPTER, "scale of the adapter (default: twice the rank)", gt=0)
+    lora_targets: CommaList = option(
+        ["all-linear"],
+        Panel.ADAPTER,
+        "names of the layers that get one, separated by commas (all-linear: all but the head)",
+    )
+    lora_dropout: float = option(0.0, Panel.ADAPTER, "dropout before the adapter", ge=0, lt=1)
+    lora_variant: Literal["lora", "rslora", "dora"] = option("lora", Panel.ADAPTER, "which of the family")
+    merge: bool = option(False, Panel.ADAPTER, "also write the merged model, as OUT/merged")
