@@ -119,7 +119,7 @@ def weights_hashes(model_dir: Path, hash_memory: HashMemory | None = None) -> di
         UsageError: there are no weights, or a file is missing or cannot be read.
     """
     memory = hash_memory or HashMemory()
-    names = _weights_files(model_dir)
+    names = weights_files(model_dir)
     threads = ThreadPoolExecutor(max_workers=min(len(names), MAX_THREADS))
     with file_errors_in_words(f"Hashing the weights in {model_dir}"), threads:
         hashes = list(threads.map(lambda name: _hub_hash(model_dir / name) or _hash(model_dir / name, memory), names))
@@ -156,7 +156,7 @@ def config_digest(model_dir: Path) -> str:
     return digest_json(meaningful_config(model_dir))
 
 
-def _weights_files(model_dir: Path) -> list[str]:
+def weights_files(model_dir: Path) -> list[str]:
     """Names, sorted; the choice between a single file and an index as transformers makes it."""
     if (model_dir / "model.safetensors").exists():
         return ["model.safetensors"]

@@ -17,9 +17,10 @@ from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.mesh import Processes, joined, pick_device
-from dpocli.engine.model import dtype_name, environment, load_model, pick_dtype
-from dpocli.engine.passes import PairView, my_passes, score, token_budget
+from dpocli.engine.model import dtype_name, environment, pick_dtype
+from dpocli.engine.passes import FILLER, PairView, my_passes, score, token_budget
 from dpocli.engine.saved_model import Provenance
+from dpocli.engine.sharding import frozen_scorer
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import NumericsError, PreemptedError
@@ -34,7 +35,7 @@ PAIRS_AT_ONCE = 4096
 
 def run(options: EvaluateOptions, terminal: Terminal) -> None:
     """Scores every pair with the policy, once, and reports what the rewards of each loss say."""
-    device = pick_device(options.device)
+    device = pick_device(options.device, options.launcher)
     files = locate_model(options)
     provenance = Provenance.of(files.adapter or files.directory)
     files = replace(files, quantization=files.quantization or provenance.quantization)
@@ -43,7 +44,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
     check_inputs(options, losses, provenance.trained_from)
     inputs = Inputs.open(options, losses, load_tokenizer(files, options), terminal)
     with (
-        joined(device) as processes,
+        joined(device, options.launcher) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
         StopFlag() as stop,
     ):
@@ -53,10 +54,9 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         out.write_config(options)
         _tell_other_reference(provenance, store, terminal)
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
-        model = load_model(files, options, dtype, device)
         wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
         budget = token_budget(options.token_budget, device)
-        scorer = PairScorer(model, collision=wanted.collision, token_budget=budget)
+        scorer = frozen_scorer(files, options, dtype, processes, budget, collision=wanted.collision)
 
         tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
         settle(scorer, tried, options.scoring, processes, terminal.say)
@@ -98,10 +98,10 @@ def _scored(
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
         for positions, pairs in my_passes(view, np.arange(len(view)), scorer.packing, processes):
             go_on()
-            if not pairs:
-                continue
             with torch.no_grad():
-                batch, tokens = score(scorer, pairs)
+                batch, tokens = score(scorer, pairs or [FILLER])
+                if not pairs:
+                    continue
                 logps = pair_logps(tokens, batch, pairs, wanted)
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
             yield ScoredPairs.of(start + positions, pairs, logps, wanted)

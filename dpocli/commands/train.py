@@ -40,7 +40,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     """Trains, or goes on where the same line stopped, or says that there is nothing left to do."""
     loss = options.loss_choice()
     check_inputs(options, [loss])
-    device = pick_device(options.device)
+    device = pick_device(options.device, options.launcher)
     files = locate_model(options)
     options = options.for_model(is_adapter=files.adapter is not None)
     if finished := finished_summary(options):
@@ -51,7 +51,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     check_trackers(options)
     inputs = Inputs.open(options, [loss], tokenizer, terminal)
     with ExitStack() as stack:
-        processes = stack.enter_context(joined(device, even_alone=True))
+        processes = stack.enter_context(joined(device, options.launcher, even_alone=True))
         out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
         stop = stack.enter_context(StopFlag())
         store = inputs.pairs(options.scratch or options.out, processes, terminal)

@@ -1,7 +1,7 @@
 """The options of the three commands: what they share and what is their own, and what does not go together."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
@@ -32,12 +32,6 @@ class PrecomputeOptions(ModelOptions, DataOptions, Options):
     )
 
     shard: str = option("0/1", Panel.RUN, "I/N: this worker does the tiles with index I modulo N", pattern=r"^\d+/\d+$")
-    launcher: Literal["torchrun", "slurm"] = option(
-        "torchrun",
-        Panel.RUN,
-        "whose environment says which of several processes this is: torchrun's (nothing where it did not start this), or that "
-        "of srun with one process per device",
-    )
     rows_per_part: int = option(
         4096, Panel.RUN, "source rows per Parquet part (the unit that is lost when killed)", ge=1
     )
@@ -74,6 +68,9 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, ModelOptions, 
     )
     eval_every: int | None = option(
         None, Panel.HELD_OUT, "steps between held-out evaluations (default: a tenth of the run)", ge=1
+    )
+    cpu_offload: bool = option(
+        False, Panel.MODEL, "keep weights and optimizer in the memory of the host: less device memory, more time"
     )
     gradient_checkpointing: bool = option(
         False, Panel.MODEL, "recompute activations in the backward pass: less memory, more time"

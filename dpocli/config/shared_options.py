@@ -55,6 +55,12 @@ class Options(BaseModel):
         False, Panel.RUN, "print the result as one JSON object on stdout and nothing else", alias="json"
     )
     device: Literal["auto", "cpu", "cuda"] = option("auto", Panel.RUN, "where to compute (auto: CUDA if there is one)")
+    launcher: Literal["torchrun", "slurm"] = option(
+        "torchrun",
+        Panel.RUN,
+        "whose environment says which of several processes this is: torchrun's (nothing where it did not start this), or that "
+        "of srun with one process per device",
+    )
     scoring: Literal["auto", "shared", "packed", "padded"] = option(
         "auto",
         Panel.RUN,
@@ -70,13 +76,16 @@ class Options(BaseModel):
 
 
 class ModelOptions(BaseModel):
-    """Which model, and in which arithmetic."""
+    """Which model, in which arithmetic, and over how many devices."""
 
     model: str = option(..., Panel.MAIN, "model: a local directory or a hub id")
     revision: str | None = option(None, Panel.MODEL, "revision of a hub model")
     adapter: Path | None = option(None, Panel.MODEL, "LoRA adapter on top of --model: a directory that peft wrote")
     quantization: Literal["nf4", "int8"] | None = option(
         None, Panel.MODEL, "load the linear layers of --model in few bits (needs dpocli[quantization])"
+    )
+    shards: int = option(
+        1, Panel.RUN, "processes that share one copy of the model, for models larger than one device", ge=1
     )
     trust_remote_code: bool = option(False, Panel.MODEL, "run code that comes with the model")
     dtype: Dtype | None = option(

@@ -1,23 +1,29 @@
-"""Checkpoints: numbered directories of tensors and JSON, there whole or not at all."""
+"""Checkpoints: numbered directories of tensors and JSON, there whole or not at all.
+
+Every process writes its own pieces of the tensors as safetensors, through torch.distributed.checkpoint, which puts them
+together for any other number of processes. Nothing that is read back can run code.
+"""
 
 import json
-import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from dpocli.artifacts.files import sync_directory, sync_file
+from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
 from dpocli.engine.mesh import Processes
-from dpocli.engine.policy import Policy, place
+from dpocli.engine.policy import Policy
 from dpocli.errors import ResourceError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -39,29 +45,40 @@ def save(
     """Writes `directory/step-N`, then removes the oldest beyond `keep_last`. Every process takes part.
 
     Args:
-        directory: of all checkpoints of the run.
+        directory: of all checkpoints of the run, which all processes see.
         step: the optimizer step that is done.
         policy: its float32 master weights are saved.
         optimizer: its moments are saved.
         state: anything else that JSON can hold.
         keep_last: how many checkpoints stay.
-        processes: rank 0 writes.
+        processes: each writes its pieces.
+
+    Raises:
+        ResourceError: there is no room.
     """
-    weights = policy.weights()
-    moments = policy.collect(
-        (f"{name}/{key}", value)
-        for name, parameter in policy.masters
-        for key, value in sorted(optimizer.state[parameter].items())
-    )
+    final, temporary = directory / f"step-{step}", directory / f".step-{step}"
     if processes.is_first:
-        final = directory / f"step-{step}"
-        temporary = directory / f".step-{step}.{os.getpid()}"
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(temporary / "model.safetensors", weights)
-        _write(temporary / "optimizer.safetensors", moments)
-        (temporary / "state.json").write_text(json.dumps({"format": FORMAT_VERSION, "step": step} | state, indent=2))
+    processes.wait()
+    tensors = _weights(policy) | _moments(policy, optimizer)
+    try:
+        state_dict_saver.save(
+            tensors,
+            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+            process_group=processes.group,
+        )
+        for path in temporary.glob(f"shard-{processes.rank + 1:05d}-*"):
+            sync_file(path)
+    except (CheckpointException, SafetensorError, OSError) as error:
+        raise _not_written(error, final) from error
+    processes.wait()
+    if processes.is_first:
+        facts = {"format": FORMAT_VERSION, "step": step, "moments": _kinds(policy, optimizer)} | state
+        (temporary / "state.json").write_text(json.dumps(facts, indent=2))
         sync_file(temporary / "state.json")
         sync_directory(temporary)
+        shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync_directory(directory)
         _remove_old(directory, keep_last)
@@ -75,29 +92,18 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
         UsageError: a file of it is damaged.
     """
     try:
-        return _load(path, policy, optimizer)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        if state["format"] != FORMAT_VERSION:
+            raise ValueError(f"it has format {state['format']}, and this dpocli reads format {FORMAT_VERSION}")
+        with torch.no_grad():
+            _make_room(policy, optimizer, state["moments"])
+            tensors = _weights(policy) | _moments(policy, optimizer)
+            state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(
-            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}). Remove that directory: the same command "
+            f"The checkpoint {path} cannot be read ({_first_line(error)}). Remove that directory: the same command "
             "line then goes on from the checkpoint before it, or from the start."
         ) from error
-
-
-def _load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    with safe_open(path / "model.safetensors", "pt") as weights, torch.no_grad():
-        for name, parameter in policy.masters:
-            place(weights.get_tensor(name), parameter)
-    with safe_open(path / "optimizer.safetensors", "pt") as moments, torch.no_grad():
-        keys = list(moments.keys())
-        for name, parameter in policy.masters:
-            saved = {key.rpartition("/")[2]: key for key in keys if key.rpartition("/")[0] == name}
-            for short, key in saved.items():
-                value = moments.get_tensor(key)
-                # AdamW counts its steps in a scalar; everything else is shaped and sharded like the parameter.
-                optimizer.state[parameter][short] = value if value.dim() == 0 else _like(value, parameter)
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
-    if state["format"] > FORMAT_VERSION:
-        raise ValueError(f"it has format {state['format']}, and this dpocli reads up to {FORMAT_VERSION}")
     return state
 
 
@@ -108,20 +114,56 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    moment = torch.zeros_like(parameter)
-    place(value, moment)
-    return moment
+def _weights(policy: Policy) -> dict[str, Tensor]:
+    return {f"model/{name}": parameter.detach() for name, parameter in policy.masters}
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # it wraps the errors of the file system
-        raise ResourceError(
-            f"Writing {path}: {error}. Make room on the disk; the same command line goes on from the checkpoint before."
-        ) from error
-    sync_file(path)
+def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optimizer/{name}/{key}": value
+        for name, parameter in policy.masters
+        for key, value in sorted(optimizer.state[parameter].items())
+    }
+
+
+def _kinds(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer remembers of a parameter: tensors like the parameter, and counts."""
+    _, parameter = policy.masters[0]
+    return {key: _kind(value, parameter) for key, value in sorted(optimizer.state[parameter].items())}
+
+
+def _kind(value: Tensor, parameter: nn.Parameter) -> str:
+    return "like the parameter" if value.shape == parameter.shape else f"{value.dtype}".removeprefix("torch.")
+
+
+def _make_room(policy: Policy, optimizer: torch.optim.Optimizer, kinds: dict[str, str]) -> None:
+    """The moments that a new optimizer does not have yet."""
+    for _, parameter in policy.masters:
+        for key, kind in kinds.items():
+            if kind == "like the parameter":
+                optimizer.state[parameter][key] = torch.zeros_like(parameter)
+            else:
+                optimizer.state[parameter][key] = torch.zeros((), dtype=getattr(torch, kind))
+
+
+def _not_written(error: BaseException, path: Path) -> BaseException:
+    causes: Iterator[BaseException] = iter([error])
+    if isinstance(error, CheckpointException):
+        causes = iter([cause for cause, *_ in error.failures.values()])
+    for cause in causes:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            return file_error_in_words(cause, f"Writing {path}")
+        if isinstance(cause, SafetensorError):  # it wraps the errors of the file system
+            return ResourceError(
+                f"Writing {path}: {cause}. Make room on the disk; the same command line goes on from the checkpoint before."
+            )
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _remove_old(directory: Path, keep_last: int) -> None:

@@ -129,7 +129,7 @@ def _ways(scorer: PairScorer, asked: str, dropout: bool) -> tuple[list[_Way], li
     elif scorer.router_loss:
         refused = {Layout.SHARED: "the router's loss counts a prompt as often as it stands"}
     wanted = [layout for layout in (Layout.SHARED, Layout.PACKED) if asked in ("auto", layout)]
-    kernels = [True, False] if scorer.model.device.type == "cuda" and not dropout else [False]
+    kernels = [True, False] if scorer.device.type == "cuda" and not dropout else [False]
     ways = [_Way(layout, flex) for layout in wanted if layout not in refused for flex in kernels]
     return ways, list(dict.fromkeys(refused[layout] for layout in wanted if layout in refused))
 

@@ -4,6 +4,7 @@ One engine: replicas × shards, gloo on CPU and NCCL on GPUs, so that what the t
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ class Processes:
     rank: int
     count: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Which of all processes these are; None: all."""
 
     @property
     def is_first(self) -> bool:
@@ -40,7 +43,7 @@ class Processes:
         """Element-wise sum over processes."""
         if self.count > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            dist.all_reduce(values, group=self.group)
         return values
 
     def any(self, flag: bool) -> bool:
@@ -52,13 +55,38 @@ class Processes:
         if self.count == 1:
             return items
         everywhere: list[list[T]] = [[]] * self.count
-        dist.all_gather_object(everywhere, items)
+        dist.all_gather_object(everywhere, items, group=self.group)
         return list(chain.from_iterable(everywhere))
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
-            dist.barrier()
+            dist.barrier(group=self.group)
+
+    def from_first(self, value: T) -> T:
+        """What the first process has, on every process."""
+        return self.gather([value])[0]
+
+    def mesh(self, shards: int) -> DeviceMesh:
+        """The mesh replicas × shards of all processes.
+
+        Raises:
+            UsageError: they do not come out even.
+        """
+        if self.count % shards:
+            raise UsageError(
+                f"--shards {shards}: {self.count} process(es) cannot be cut into groups of {shards}. Start a multiple of {shards}, "
+                "for example with torchrun --nproc-per-node."
+            )
+        shape = (self.count // shards, shards)
+        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def groups(self, size: int) -> "Processes":
+        """These processes in groups of `size`, each in step with itself alone: the group of this one."""
+        if self.count % size:
+            self.mesh(size)
+        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, self.count, size)]
+        return Processes(self.rank % size, size, self.device, groups[self.rank // size])
 
 
 Launcher = Literal["torchrun", "slurm"]
@@ -93,6 +121,25 @@ def _launched_by_slurm() -> tuple[int, int, int]:
     return rank, count, local_rank
 
 
+def _slurm_address() -> str:
+    """Where the tasks of a step meet: MASTER_ADDR and MASTER_PORT, else the step's first node and a port of the job's."""
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
+    host = os.environ.get("MASTER_ADDR") or first_host(nodes)
+    if not host:
+        raise UsageError(
+            "--launcher slurm: neither MASTER_ADDR nor SLURM_STEP_NODELIST is in the environment, so the tasks cannot find each "
+            "other. Begin the line with srun."
+        )
+    steps = _number("SLURM_JOB_ID", 0) * 7 + _number("SLURM_STEP_ID", 0)
+    return f"{host}:{os.environ.get('MASTER_PORT') or 20000 + steps % 10000}"
+
+
+def first_host(nodes: str) -> str:
+    """Of a list as SLURM writes it: `gpu[007-012,020],login1` → `gpu007`."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+))?", nodes)
+    return match[1] + (match[2] or "") if match else ""
+
+
 def _number(name: str, default: int) -> int:
     value = os.environ.get(name) or str(default)
     if not value.isdigit():
@@ -114,14 +161,15 @@ def pick_device(choice: Literal["auto", "cpu", "cuda"], launcher: Launcher = "to
 
 
 @contextmanager
-def joined(device: torch.device, *, even_alone: bool = False) -> Iterator[Processes]:
+def joined(device: torch.device, launcher: Launcher = "torchrun", *, even_alone: bool = False) -> Iterator[Processes]:
     """Joins the process group that the launcher's environment names, and leaves it at the end.
 
     Args:
         device: of this process.
+        launcher: whose environment it is.
         even_alone: make a group of one where there is no launcher (sharding needs a group).
     """
-    rank, count, _ = launched()
+    rank, count, _ = launched(launcher)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if count == 1 and not even_alone:
@@ -130,14 +178,12 @@ def joined(device: torch.device, *, even_alone: bool = False) -> Iterator[Proces
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if count == 1:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    elif launcher == "slurm":
+        meeting = f"tcp://{_slurm_address()}"
+        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=count, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
         yield Processes(rank, count, device)
     finally:
         dist.destroy_process_group()
-
-
-def replica_mesh(processes: Processes) -> DeviceMesh:
-    """The mesh replicas × shards with every process a replica: data parallelism."""
-    return init_device_mesh(processes.device.type, (processes.count, 1), mesh_dim_names=("replicate", "shard"))

@@ -54,9 +54,6 @@ def load_model(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, dev
 
 def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """What `load_model` gives, without the adapter."""
-    # Its matrix products would round to 10 bits of mantissa, which is not what --dtype float32 says.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
     settings: dict[str, Any] = {}
     if files.quantization:
         settings["quantization_config"] = quantization_config(files.quantization, dtype)
@@ -91,16 +88,24 @@ def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, devi
             f"--model {options.model}: {len(missing)} weights that the model needs are not in its files "
             f"({', '.join(missing[:3])}, …). They would be random. Is it another architecture, or an adapter alone?"
         )
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
-        model.set_attn_implementation("eager")  # some versions of transformers choose SDPA, which leaves the cap out
-    torch.set_float32_matmul_precision("highest")
-    if device.type == "cpu":
-        keep_freed_memory()
+    compute_exactly(model, device)
     model.eval()
     if files.quantization:
         without_inference_kernels(model)
         return model  # which lies where it is already, and some kinds refuse to be told
     return model.to(device)
+
+
+def compute_exactly(model: PreTrainedModel, device: torch.device) -> None:
+    """Sets this process up to compute what the model and `--dtype` say."""
+    # TF32 products would round to 10 bits of mantissa, which is not what --dtype float32 says.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")  # some versions of transformers choose SDPA, which leaves the cap out
+    if device.type == "cpu":
+        keep_freed_memory()
 
 
 def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:

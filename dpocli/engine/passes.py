@@ -109,7 +109,7 @@ def _score_if_it_fits(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple
             raise
     # Here, where the error no longer holds on to what the pass had allocated.
     scorer.tally.splits += 1
-    if scorer.model.device.type == "cuda":
+    if scorer.device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 

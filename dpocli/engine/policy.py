@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.hyperparameters import Need
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import adapter as adapters
-from dpocli.engine.mesh import Processes, replica_mesh
+from dpocli.engine.mesh import Processes
 from dpocli.engine.model import load_base, without_dropout
 from dpocli.engine.passes import token_budget
+from dpocli.engine.sharding import decoder_layers, fill, load_spread, shard
 from dpocli.objective.scoring import PairScorer
 
 if TYPE_CHECKING:
@@ -33,31 +34,32 @@ def load_policy(
         UsageError: the model cannot be loaded, or cannot be trained as it is asked for.
     """
     adapter = None
+    is_spread = options.shards > 1 or options.cpu_offload
     if files.adapter or options.lora_rank:
         # The base is frozen, so it needs no float32 master of its own.
-        model = load_base(files, options, dtype, processes.device)
+        model = load_base(files, options, dtype, torch.device("cpu") if is_spread else processes.device)
         model.requires_grad_(False)
         adapter = (
             adapters.put_on(model, files.adapter, trainable=True) if files.adapter else adapters.new(model, options)
         )
     else:
-        model = load_base(files, options, torch.float32, processes.device)
+        model = (
+            load_spread(files, options, torch.float32, processes.device)
+            if is_spread
+            else load_base(files, options, torch.float32, processes.device)
+        )
     scorer = PairScorer(
         model,
         collision=Need.COLLISION in loss.needs,
         router_loss=options.router_aux_loss_coef > 0,
         token_budget=token_budget(options.token_budget, processes.device),
+        device=processes.device,
     )
-    return Policy(scorer, options, dtype, processes, adapter)
+    return Policy(scorer, options, dtype, processes, files, adapter)
 
 
 class Policy:
-    """A scorer whose parameters can be trained.
-
-    The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the
-    root's forward, where it is a plain tensor. The mixed-precision policy makes the forward pass equal to a plain load
-    in that dtype, which autocast does not.
-    """
+    """A scorer whose parameters can be trained."""
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Policy:
         options: TrainOptions,
         dtype: torch.dtype,
         processes: Processes,
+        files: ModelFiles | None = None,
         adapter: "PeftModel | None" = None,
     ) -> None:
         self.adapter = adapter
@@ -86,28 +89,34 @@ class Policy:
         self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
         """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
         self.processes = processes
-        mesh = replica_mesh(processes)
-        inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-        layers = decoder_layers(scorer)
+        self._has_shards = options.shards > 1
         frozen = {parameter for parameter in scorer.parameters() if not parameter.requires_grad}
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=inner, reshard_after_forward=False, ignored_params=frozen)
-        fully_shard(scorer, mesh=mesh, mp_policy=outer, reshard_after_forward=False, ignored_params=frozen)
+        shard(
+            scorer,
+            processes.mesh(options.shards),
+            dtype=dtype,
+            offload=options.cpu_offload,
+            ignored=set() if self._has_shards else frozen,  # a frozen model that fits has nothing to exchange
+        )
+        if scorer.is_blank:
+            assert files
+            fill(scorer, files, processes.device, offload=options.cpu_offload)
         # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
         self.masters: list[tuple[str, nn.Parameter]] = [
             (name, parameter) for name, parameter in scorer.model.named_parameters() if parameter.requires_grad
         ]
         """The float32 master weights that are trained: names as the source model knows them, each tensor once."""
+        layers = decoder_layers(scorer)
         ends = [layers[0], layers[-1]] if layers else [scorer]
         self._outer_layers = [parameter for layer in ends for parameter in layer.parameters()]
 
     def reduce_gradients_on_backward(self, now: bool) -> None:
-        """With several replicas, gradients travel once a step, with its last micro-batch."""
+        """Between replicas, gradients travel once a step, with its last micro-batch; between shards with every one."""
         assert isinstance(self.scorer, FSDPModule)
-        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1)
-        # Between micro-batches the weights stay as they are, so the copy that computes stays too.
-        self.scorer.set_reshard_after_backward(now)
+        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1 or self._has_shards)
+        self.scorer.set_requires_all_reduce(now)
+        # Between micro-batches the weights stay as they are, so where it is whole the copy that computes stays too.
+        self.scorer.set_reshard_after_backward(now or self._has_shards)
 
     def num_parameters(self) -> int:
         """Trainable ones."""
@@ -155,18 +164,3 @@ class Policy:
             if self.processes.is_first:
                 full[name] = value.detach().cpu().clone()
         return full
-
-
-def decoder_layers(scorer: PairScorer) -> list[nn.Module]:
-    """The repeated blocks of the model, by transformers' own list of what must not be split."""
-    names = set(getattr(scorer.model, "_no_split_modules", None) or ())
-    return [module for module in scorer.model.modules() if type(module).__name__ in names]
-
-
-def place(value: Tensor, into: Tensor) -> None:
-    """Copies a full tensor into a sharded one, each process taking its part."""
-    if isinstance(into, DTensor):
-        mine = distribute_tensor(value.to(into.device), into.device_mesh, into.placements, src_data_rank=None)
-        into.to_local().copy_(mine.to_local())
-    else:
-        into.copy_(value)

@@ -94,7 +94,7 @@ def _active_weights(scorer: PairScorer) -> float:
 
 def matmul_rate(scorer: PairScorer) -> float:
     """Floating-point operations a second of a large matrix product, in the dtype of the forward pass."""
-    device = scorer.model.device
+    device = scorer.device
     size = 4096 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(scorer.compute_dtype) for _ in range(2))
     fastest, deadline = float("inf"), time.perf_counter() + PROBE_SECONDS

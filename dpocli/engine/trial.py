@@ -89,7 +89,8 @@ class Trial:
             yield lambda: self._compare_gradients(layout)
 
     def _try_kernel(self) -> None:
-        try_kernel(self._scorer.model, self._scorer.compute_dtype, backward=self._gradient is not None)
+        scorer = self._scorer
+        try_kernel(scorer.model, scorer.device, scorer.compute_dtype, backward=self._gradient is not None)
 
     def _compare_values(self, layout: Layout, flex: bool) -> str | None:
         self._scorer.lay_out(layout, flex=flex)

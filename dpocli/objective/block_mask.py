@@ -25,7 +25,7 @@ KERNELS = 64
 """Shapes that are compiled before the compiler gives up; it counts few by itself, and then silently makes all scores."""
 
 
-def try_kernel(model: PreTrainedModel, dtype: torch.dtype, *, backward: bool) -> None:
+def try_kernel(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, backward: bool) -> None:
     """Compiles and runs the kernel for a small row of the model's shape, alone.
 
     Raises:
@@ -40,10 +40,10 @@ def try_kernel(model: PreTrainedModel, dtype: torch.dtype, *, backward: bool) ->
     segments = (Segment(BLOCK, (BLOCK, BLOCK // 2)), Segment(0, (BLOCK // 2,)))
     length = sum(segment.size for segment in segments)
     query, key, value = (
-        torch.randn(1, count, length, size, device=model.device, dtype=dtype, requires_grad=backward)
+        torch.randn(1, count, length, size, device=device, dtype=dtype, requires_grad=backward)
         for count in (heads, key_heads, key_heads)
     )
-    output = BlockMasks(segments, model.device).attention(model, query, key, value, 0.0, None, {})
+    output = BlockMasks(segments, device).attention(model, query, key, value, 0.0, None, {})
     if backward:
         output.float().sum().backward()  # type: ignore[no-untyped-call]
     float(output.detach().float().sum())  # waits for the device, which reports late

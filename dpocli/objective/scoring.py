@@ -53,6 +53,7 @@ class PairScorer(nn.Module):
         collision: also give log Σ_v p(v)² per token.
         router_loss: also give the load-balancing loss of a mixture-of-experts router.
         token_budget: tokens of a forward pass, padding included, that callers are asked to stay within.
+        device: to compute on, where that is not where the model's parameters are.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PairScorer(nn.Module):
         collision: bool = False,
         router_loss: bool = False,
         token_budget: int = 1024,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -71,7 +73,11 @@ class PairScorer(nn.Module):
             raise UsageError(
                 f"--router-aux-loss-coef: {model.config.model_type} has no experts to route to; leave the option out."
             )
-        self.head_kind: HeadKind | LogitMap = probe_head(model)
+        self.device = device or model.device
+        self.is_blank = any(parameter.is_meta for parameter in model.parameters())
+        """Whether the weights are still to come."""
+        # Where they are, they may also be in pieces, which come together in a forward pass.
+        self.head_kind: HeadKind | LogitMap | None = None if self.is_blank else probe_head(model)
         self.rotary_limit = RotaryLimit.of(model)
         self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
 
@@ -115,7 +121,10 @@ class PairScorer(nn.Module):
             On the model's device, in the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected
             tokens,), float32, nats.
         """
-        rows = self._rows(batch).to(self.model.device)
+        if self.head_kind is None:
+            self._attend_for(Layout.PADDED)
+            self.head_kind = probe_head(self.model)
+        rows = self._rows(batch).to(self.device)
         self._current_row.set(rows, flex=self.uses_flex and bool(rows.segments))
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)

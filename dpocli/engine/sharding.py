@@ -1,0 +1,176 @@
+"""A scorer spread over processes with torch's `fully_shard`, and its weights read piece by piece where they are needed.
+
+The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the root's
+forward, where it is a plain tensor. (The head in a group of its own gives silently wrong gradients.)
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dpocli.artifacts.hashing import weights_files
+from dpocli.artifacts.model_files import ModelFiles
+from dpocli.config.shared_options import ModelOptions
+from dpocli.engine.mesh import Processes
+from dpocli.engine.model import compute_exactly, load_model
+from dpocli.errors import UsageError
+from dpocli.objective.scoring import PairScorer
+
+
+def shard(
+    scorer: PairScorer,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype,
+    offload: bool = False,
+    ignored: set[nn.Parameter] | None = None,
+) -> None:
+    """Spreads the parameters of a scorer over a mesh (replicas, shards), in place.
+
+    The mixed-precision policy makes the forward pass equal to a plain load in that dtype, which autocast does not:
+    only the root's output is cast to float32, since a cast between the layers would change their arithmetic.
+
+    Args:
+        scorer: its parameters may be on the meta device; `fill` reads them afterwards.
+        mesh: two dimensions.
+        dtype: of the forward pass.
+        offload: keep the shards in the memory of the host between passes.
+        ignored: parameters that stay whole on every process.
+    """
+    has_shards = mesh.size(1) > 1
+    inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
+        "ignored_params": ignored or set(),
+    }
+    for layer in decoder_layers(scorer):
+        fully_shard(layer, mp_policy=inner, reshard_after_forward=has_shards or offload, **settings)
+    fully_shard(scorer, mp_policy=outer, reshard_after_forward=False, **settings)
+
+
+def decoder_layers(scorer: PairScorer) -> list[nn.Module]:
+    """The repeated blocks of the model, by transformers' own list of what must not be split."""
+    names = set(getattr(scorer.model, "_no_split_modules", None) or ())
+    return [module for module in scorer.model.modules() if type(module).__name__ in names]
+
+
+def frozen_scorer(
+    files: ModelFiles,
+    options: ModelOptions,
+    dtype: torch.dtype,
+    processes: Processes,
+    budget: int,
+    *,
+    collision: bool = False,
+) -> PairScorer:
+    """A scorer of a model that is not trained, spread over `--shards` processes.
+
+    Where there are several, all of them have to make the same number of passes.
+
+    Raises:
+        UsageError: the model cannot be loaded, or not spread.
+    """
+    is_spread = options.shards > 1
+    model = (load_spread if is_spread else load_model)(files, options, dtype, processes.device)
+    scorer = PairScorer(model, collision=collision, token_budget=budget, device=processes.device)
+    scorer.requires_grad_(False)
+    if is_spread:
+        shard(scorer, processes.mesh(options.shards), dtype=dtype)
+        if scorer.is_blank:
+            fill(scorer, files, processes.device)
+    return scorer
+
+
+def load_spread(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model to be given to `shard`: blank where `fill` can read its weights, else whole in the memory of the host.
+
+    Some architectures are saved under other names than they have in memory (mixtures of experts, for one), and adapters
+    change the base's layers.
+
+    Raises:
+        UsageError: the model cannot be loaded.
+    """
+    if files.quantization:
+        raise UsageError(
+            f"--quantization {files.quantization}: quantized weights cannot be spread over processes. Leave out --shards and "
+            "--cpu-offload; each process then has the quantized model."
+        )
+    blank = None if files.adapter else blank_model(files, dtype)
+    if blank is None:
+        return load_model(files, options, dtype, torch.device("cpu"))
+    compute_exactly(blank, device)
+    return blank
+
+
+def blank_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel | None:
+    """The model without its weights, which are on the meta device in `dtype`; its buffers are real.
+
+    None where the weights do not stand in the files by the names and shapes that they have in memory.
+    """
+    try:
+        config = AutoConfig.from_pretrained(files.directory, trust_remote_code=files.runs_code)
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=files.runs_code)
+        stored = _stored_shapes(files)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError):
+        return None  # loading it whole finds the same, and words for it
+    model.tie_weights()
+    wanted = {name: tuple(tensor.shape) for name, tensor in _saved_tensors(model).items()}
+    return model.eval() if wanted.items() <= stored.items() else None
+
+
+def fill(scorer: PairScorer, files: ModelFiles, device: torch.device, *, offload: bool = False) -> None:
+    """Gives a sharded `blank_model` its weights. Each process reads its own pieces of the files and no more."""
+    where = torch.device("cpu") if offload else device
+
+    def material(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor
+
+    scorer._apply(material)  # type: ignore[no-untyped-call]  # `to_empty` would empty the buffers too
+    scorer.model.tie_weights()
+    with torch.no_grad():
+        load(dict(_saved_tensors(scorer.model)), storage_reader=HuggingFaceStorageReader(str(files.directory)))
+
+
+def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What a saved model holds, each tensor once."""
+    saved = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    return dict(model.named_parameters()) | buffers
+
+
+def _stored_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in weights_files(files.directory):
+        with safe_open(files.directory / name, "pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made in the block have no memory. Buffers have: they are small, and not all of them are in the files."""
+    plain = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        plain(module, name, parameter)
+        if parameter is not None:
+            kind, kept = type(parameter), parameter.requires_grad
+            module._parameters[name] = kind(parameter.to("meta"), requires_grad=kept)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = plain  # type: ignore[method-assign]
