@@ -62,3 +62,10 @@ class PreemptedError(DpoError):
     """Stopped on request after saving: the same line goes on from there."""
 
     exit_code = ExitCode.PREEMPTED
+
+
+class StopSignal(KeyboardInterrupt):
+    """A signal asked to stop before there was anything to save.
+
+    Raised anywhere, and so of a kind that libraries let pass, as they do with Ctrl-C.
+    """

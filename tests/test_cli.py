@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ import pytest
 from dpocli import __version__, errors
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.cli import run_command_line
+from dpocli.engine.stop import EarlyStop, StopFlag
 from dpocli.options import COMMANDS, options_of
 
 TRAIN = ["train", "--model", "m", "--out", "o"]
@@ -217,7 +220,112 @@ def test_a_misspelled_directory_is_not_created(fails, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+# signals before a command has come to its directory
+
+
+@pytest.fixture
+def early_stop():
+    """What a process makes first; here the handlers of the tests come back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    yield EarlyStop()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def ask(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+def preempted_once(out):
+    with pytest.raises(errors.PreemptedError), RunDirectory(out, "train"):
+        raise errors.PreemptedError("saved at step 3")
+    (out / "status.json").write_text(json.dumps(status_of(out) | {"pid": 1, "pid_started": 0}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_before_there_is_anything_to_save(commands, early_stop, tmp_path, capsys, number):
+    preempted_once(tmp_path)
+    commands.act = lambda options, terminal: ask(number)
+    assert run_command_line(["train", "--model", "m", "--out", str(tmp_path)], early_stop) == 75
+    err = capsys.readouterr().err
+    assert err.startswith("Stopped on request before there was anything to save.")
+    assert err.count("\n") == 1
+    assert {"state": "preempted", "exit_code": 75, "message": err.strip()}.items() <= status_of(tmp_path).items()
+
+
+def test_a_signal_while_the_directory_is_entered(commands, early_stop, tmp_path, capsys, monkeypatch):
+    """Its first status is written, and nobody looks at a flag yet."""
+    begin = RunDirectory._begin
+    monkeypatch.setattr(RunDirectory, "_begin", lambda self: (begin(self), ask()))
+
+    def act(options, terminal):
+        with RunDirectory(options.out, "train"):
+            pytest.fail("it went on")
+
+    commands.act = act
+    assert run_command_line(["train", "--model", "m", "--out", str(tmp_path)], early_stop) == 75
+    assert capsys.readouterr().err.count("\n") == 1
+    assert {"state": "preempted", "exit_code": 75}.items() <= status_of(tmp_path).items()
+
+
+def test_a_signal_that_a_library_swallowed_is_not_lost(commands, early_stop):
+    def act(options, terminal):
+        with contextlib.suppress(KeyboardInterrupt):
+            ask()
+        ask()  # asked again it does not interrupt whatever notes the first one
+        with StopFlag() as stop:
+            assert stop
+
+    commands.act = act
+    assert run_command_line(TRAIN, early_stop) == 0
+
+
+def test_a_signal_after_the_work_leaves_its_outcome(commands, early_stop, tmp_path):
+    def act(options, terminal):
+        with RunDirectory(options.out, "train"):
+            with StopFlag() as stop:
+                assert not stop
+            ask()
+
+    commands.act = act
+    assert run_command_line(["train", "--model", "m", "--out", str(tmp_path)], early_stop) == 0
+    assert status_of(tmp_path)["state"] == "done"
+
+
 # in a process of its own
+
+
+SIGNAL_AT_AN_IMPORT = """
+import os, signal, sys
+module, number = sys.argv[1:3]
+del sys.argv[1:3]
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == module:
+            os.kill(os.getpid(), int(number))
+sys.meta_path.insert(0, Finder())
+from dpocli.__main__ import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "number", "code"),
+    [
+        ("typer", signal.SIGTERM, 75),
+        ("dpocli.commands.precompute", signal.SIGTERM, 75),
+        ("torch", signal.SIGUSR1, 75),
+        ("typer", signal.SIGINT, 130),
+        ("torch", signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_during_the_imports(module, number, code):
+    line = ["precompute", "--model", "m", "--data", "d", "--out", "o"]
+    command = [sys.executable, "-c", SIGNAL_AT_AN_IMPORT, module, str(int(number)), *line]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, ""), done.stderr
+    assert done.stderr.startswith("Stopped on request" if code == 75 else "error: Interrupted.")
+    assert done.stderr.count("\n") == 1
 
 
 def test_help_imports_nothing_heavy():

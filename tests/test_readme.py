@@ -251,9 +251,16 @@ from dpocli.errors import NumericsError, PreemptedError
 
 def run(options, terminal):
     shard = getattr(options, "shard", "0/1")
-    with RunDirectory(options.out, sys.argv[1], shard=shard) as out, StopFlag() as stop:
+
+    def begun():
         with open(os.environ["CALLS"], "a") as calls:
             print("dpocli", sys.argv[1], options.out, shard, file=calls)
+
+    if os.environ["ACT"] == "end while it starts":
+        begun()
+        time.sleep(99)
+    with RunDirectory(options.out, sys.argv[1], shard=shard) as out, StopFlag() as stop:
+        begun()
         if os.environ["ACT"] == "fail":
             raise NumericsError("NaN")
         while os.environ["ACT"] != "work" and not stop:
@@ -422,6 +429,14 @@ def test_slurm_array_tasks_requeue_themselves_alone(act, cluster):
     assert cluster.calls("dpocli") == ["precompute align/ref-heldout 3/16"]
     state = "done" if act == "finish when asked" else "preempted"
     assert status(cluster.work / "ref-heldout", "-3-of-16")["state"] == state
+
+
+def test_slurm_array_tasks_whose_time_is_up_while_they_start_are_requeued(cluster):
+    job = cluster.start("precompute", act="end while it starts", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    job.wait_until(lambda: bool(cluster.calls("dpocli")))
+    job.process.send_signal(signal.SIGUSR1)
+    code, said = job.ends()
+    assert (code, cluster.calls("scontrol")) == (75, ["requeue 7_3"]), said
 
 
 def test_slurm_jobs_that_fail_are_not_requeued(cluster):

@@ -77,6 +77,11 @@ class RunDirectory:
         if self._is_writer:
             self._open()
             self._heart.start()
+            try:
+                self._begin()
+            except BaseException as error:
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def __exit__(
@@ -157,12 +162,14 @@ class RunDirectory:
                 if not self._companions:
                     raise
                 self._become_companion()
-            self._failure_path.unlink(missing_ok=True)
-            self._write_status()
-            self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
         except BaseException:
             self._lock.close()
             raise
+
+    def _begin(self) -> None:
+        self._failure_path.unlink(missing_ok=True)
+        self._write_status()
+        self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
 
     def _become_companion(self) -> None:
         assert self._lock

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpocli.artifacts.files import read_json, write_json
-from dpocli.errors import DpoError, ExitCode
+from dpocli.errors import DpoError, ExitCode, StopSignal
 
 DEAD_AFTER_SECONDS = 60.0
 """A writer on another host that has been silent for so long is taken for dead."""
@@ -41,6 +41,11 @@ class Outcome:
 def _classify(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, DpoError):
         return error.exit_code, str(error)
+    if isinstance(error, StopSignal):
+        return (
+            ExitCode.PREEMPTED,
+            "Stopped on request before there was anything to save. The same command line starts again.",
+        )
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED, "Interrupted. The same command line goes on from what is saved."
     if is_out_of_memory(error):

@@ -164,7 +164,7 @@ def filled_by_workers_that_are_killed(
 
 @pytest.mark.slow
 def test_sigterm_at_random_moments(tmp_path: Path) -> None:
-    """75 within seconds; before the directory is opened nothing has begun, and the signal ends the process by itself."""
+    """75 within seconds, whether the work has begun or not; a process that is only being forked is ended by the signal."""
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)
     out, log, tally = tmp_path / "ref", tmp_path / "log", Tally(tmp_path / "tally")
     chance = random.Random()
