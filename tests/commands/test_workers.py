@@ -141,6 +141,7 @@ def test_a_companion_killed_in_the_middle_leaves_the_next_run_clean(
     assert "warning: The part" not in result.err
     assert there.items() <= parts_of(out).items(), "what was there is not done again"
     assert content_of(out) == content_of(many_alone)
+    assert {path.name for path in out.glob("*status*")} == {"status.json", ".status.lock"}
     assert status_in(out / "status.json")["state"] == "done"
 
 
