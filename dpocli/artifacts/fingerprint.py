@@ -109,7 +109,7 @@ def build_fingerprint(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     information: Mapping[str, Any] | None = None,
-    hash_memory_path: Path | None = None,
+    hash_memory: HashMemory | None = None,
 ) -> Fingerprint:
     """The fingerprint of a cache to be made.
 
@@ -123,7 +123,7 @@ def build_fingerprint(
         dtype: of the reference's forward pass ("bfloat16").
         trust_remote_code: whether Python files beside the model are run.
         information: anything worth knowing that decides no value.
-        hash_memory_path: file in which hashes of weights are remembered.
+        hash_memory: of hashes of weights.
 
     Raises:
         UsageError: the model directory has no weights or no configuration.
@@ -133,7 +133,7 @@ def build_fingerprint(
         tokenizer=TokenizerIdentity.of(tokenizer),
         content=tuple(content),
         settings={**settings, "total_rows": total_rows, "rows_per_part": rows_per_part},
-        weights=weights_hashes(model_dir, HashMemory(hash_memory_path)) if model_dir else None,
+        weights=weights_hashes(model_dir, hash_memory) if model_dir else None,
         config=meaningful_config(model_dir) if model_dir else None,
         code=code_hashes(model_dir) if model_dir and trust_remote_code else {},
         dtype=dtype if model_dir else None,

@@ -16,7 +16,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint, compare
-from dpocli.artifacts.hashing import HASH_MEMORY_NAME
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.artifacts.reuse import Reusable
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.artifacts.status import mark_recorded
@@ -72,7 +72,7 @@ class Job:
             dtype=dtype_name(self.dtype),
             trust_remote_code=options.trust_remote_code,
             information=environment(self.device),
-            hash_memory_path=None if options.dry_run or options.verify else options.out / HASH_MEMORY_NAME,
+            hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
         )
         first_rows = (raw.fields for raw in self.rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
         kept = kept_types(first_rows, options.keep_columns)

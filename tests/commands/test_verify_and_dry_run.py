@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dpocli.artifacts import hashing
 from dpocli.commands import dry_run
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from tests.caches import pairs_in, tree, with_other_values, write_rows
@@ -162,6 +163,27 @@ def test_verify_writes_nothing_even_where_no_hashes_are_remembered(copy: Path, d
     (copy / ".hashes.json").unlink()
     before = tree(copy)
     assert dpocli(*LINE, "--out", copy, "--verify", 2).code == 0
+    assert tree(copy) == before
+
+
+@pytest.mark.parametrize("more", [("--verify", 2), ("--dry-run",)], ids=["verify", "dry run"])
+def test_a_look_uses_the_hashes_that_are_remembered(
+    more: tuple[object, ...], copy: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    os.utime(model / "model.safetensors", (0, 0))  # what was written a moment ago is not remembered
+    line = (*LINE, "--model", model, "--out", copy)
+    assert dpocli(*line).code == 0
+    hashed = []
+    plain = hashing.sha256_of_file
+    monkeypatch.setattr(hashing, "sha256_of_file", lambda path: hashed.append(path.name) or plain(path))
+    assert dpocli(*line, *more).code == 0
+    assert hashed == []
+    (model / "model.safetensors").touch()
+    before = tree(copy)
+    assert dpocli(*line, *more).code == 0
+    assert hashed == ["model.safetensors"]
     assert tree(copy) == before
 
 
