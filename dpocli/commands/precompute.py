@@ -30,7 +30,7 @@ from dpocli.data.sources import Rows, open_rows
 from dpocli.engine.mesh import launched, pick_device
 from dpocli.engine.model import dtype_name, environment, load_tokenizer, locate_model, pick_dtype
 from dpocli.engine.stop import StopFlag
-from dpocli.errors import CacheError, PreemptedError
+from dpocli.errors import CacheError, DataError, PreemptedError
 from dpocli.terminal import Printer, Terminal
 
 ROWS_THAT_DECIDE_TYPES = 1024
@@ -176,6 +176,8 @@ def _estimate(job: Job) -> None:
     with job.terminal.progress(None, "probe") as progress:
         figures = dry_run.estimate(job.rows, encoder, job.options, writer, job.reference(writer), left, progress)
     job.terminal.result(figures, lambda printer: dry_run.render(printer, figures))
+    if figures["stops"]:
+        raise DataError(figures["stops"])
 
 
 def _verify(job: Job) -> None:

@@ -266,9 +266,28 @@ def test_a_dry_run_of_rows_that_give_no_pair(tmp_path: Path, dpocli: Run) -> Non
     rows = write_rows(tmp_path / "rows.jsonl", [SKIPPED] * 3)
     line = ("precompute", "--model", MODEL, "--data", rows, "--out", tmp_path / "ref", "--dry-run")
     result = dpocli(*line, "--json")
-    assert result.code == 0, result.err
     assert (result.json["pairs"], result.json["tokens"], result.json["bytes"]) == (0, 0, None)
-    assert "3 rows would be skipped" in dpocli(*line).out
+    would, does = dpocli(*line), dpocli(*line[:-1])
+    assert "3 rows would be skipped" in would.out
+    assert result.code == would.code == does.code == 3
+    assert "--dry-run: the run would stop: 3 of 3 rows give no pair" in would.err
+    assert "; no pair is left." in would.err
+
+
+@pytest.mark.parametrize("num_skipped", [2, 3])
+def test_a_dry_run_ends_as_the_run_would_over_skipped_rows(num_skipped: int, tmp_path: Path, dpocli: Run) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [*ROWS[:3], *[SKIPPED] * num_skipped])
+    line = ("precompute", "--model", MODEL, "--data", rows, "--max-skipped", 0.45, "--out", tmp_path / "ref")
+    would, does = dpocli(*line, "--dry-run", "--json"), dpocli(*line)
+    assert would.code == does.code == (3 if num_skipped == 3 else 0)
+    assert would.json["pairs"] == 3, "the report is there in any case"
+    if num_skipped == 3:
+        said = "3 of 6 rows give no pair (3 × the sides are identical); --max-skipped allows 45%. The first: "
+        assert f"--dry-run: the run would stop: {said}" in would.err
+        assert said in does.err
+        assert would.err.endswith(f"error: {would.json['stops']}\n")
+    else:
+        assert would.json["stops"] is None
 
 
 def test_only_what_is_missing_is_to_do(copy: Path, tmp_path: Path, dpocli: Run) -> None:
@@ -314,7 +333,10 @@ def test_large_data_are_sampled(tmp_path: Path, dpocli: Run, monkeypatch: pytest
     line = ("precompute", "--model", MODEL, "--data", rows, "--out", tmp_path / "ref", "--dry-run")
     figures = dpocli(*line, "--json").json
     assert (figures["is_exact"], figures["rows"], figures["rows_sampled"]) == (False, 120, 24)
-    assert (figures["pairs"], figures["skipped"]) == (80, {"the sides are identical": 40})
+    assert (figures["pairs"], figures["skipped"], figures["stops"]) == (80, {"the sides are identical": 40}, None)
+    stopped = dpocli(*line, "--max-skipped", 0.3)
+    assert stopped.code == 3
+    assert "would probably stop, going by 24 rows encoded: 8 of 24 rows give no pair" in stopped.err
     monkeypatch.undo()
     exact = dpocli(*line, "--json").json
     assert (exact["is_exact"], exact["tokens"]) == (True, figures["tokens"])
