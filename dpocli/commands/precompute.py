@@ -153,6 +153,11 @@ def _fill(job: Job) -> None:
                     parts.write(tile, reference.complete(pairs, progress, go_on), skipped)
                     progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles) | reference.figures()
+        if splits := reference.num_splits:
+            terminal.say(
+                f"Memory ran out in {splits:,} {'pass' if splits == 1 else 'passes'}, made in two instead: the values are the "
+                "same. A smaller --token-budget saves that time."
+            )
         judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.max_skipped)
         if summary["complete"] and summary["pairs"]:
             summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
@@ -189,7 +194,8 @@ def _verify(job: Job) -> None:
             f"--verify: the cache {options.out} was made with other settings than these ({'; '.join(differences)}). Give those "
             "that it was made with."
         )
-    found = job.reference(writer).verify(store, options.verify)
+    with job.terminal.progress(min(options.verify, len(store)), "verify") as progress:
+        found = job.reference(writer).verify(store, options.verify, progress)
     figures = {"out": str(options.out), "verified": asdict(found)}
     job.terminal.result(figures, lambda printer: printer.say(f"{options.out} holds what this model gives: {found}."))
 
