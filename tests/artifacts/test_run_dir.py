@@ -69,7 +69,7 @@ def test_the_heart_beats(tmp_path, monkeypatch):
     with RunDirectory(tmp_path, "train") as run:
         first = status_of(tmp_path)["heartbeat"]
         run.update(step=3, message="evaluating")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while status_of(tmp_path)["step"] != 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         status = status_of(tmp_path)
@@ -132,7 +132,7 @@ from pathlib import Path
 from dpocli.artifacts.run_dir import RunDirectory
 with RunDirectory(Path(sys.argv[1]), "train"):
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -292,7 +292,7 @@ import fcntl, sys, time
 with open(sys.argv[1], "a") as file:
     fcntl.lockf(file, fcntl.LOCK_EX)
     print("locked", flush=True)
-    time.sleep(600)
+    time.sleep(3600)
 """
 
 

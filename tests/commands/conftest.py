@@ -75,6 +75,14 @@ def start(*arguments: object, launcher: tuple[str, ...] = (), **environment: str
     )
 
 
+def start_held(method: str, number: int, *arguments: object) -> "subprocess.Popen[str]":
+    """The same, standing still before it calls a method ("module:Class.method") for the `number`th time."""
+    process = start(method, number, *arguments, launcher=("tests.commands.held",))
+    assert process.stdout
+    assert process.stdout.readline() == "held\n", process.communicate()[1]
+    return process
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A reference cache of 40 training pairs."""

@@ -117,7 +117,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def on_two(*arguments: object) -> str:
     """What two processes say."""
     process = start(*arguments, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return err
 

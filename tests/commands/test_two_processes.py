@@ -14,7 +14,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-
 
 def on_two(*arguments: object) -> None:
     process = start(*arguments, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
 
 

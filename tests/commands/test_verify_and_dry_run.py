@@ -226,7 +226,7 @@ def test_a_dry_run_is_exact_for_small_data(cache: Path, tmp_path: Path, dpocli: 
     assert expected.items() <= figures.items()
     on_disk = sum(path.stat().st_size for path in cache.glob("rows-*"))
     assert 0.4 * on_disk < figures["bytes"] < 1.6 * on_disk
-    assert 0 < figures["seconds"] < 60
+    assert figures["seconds"] > 0
     assert figures["scoring"]["unique_tokens_per_second"] > 0
 
 
