@@ -348,7 +348,7 @@ def damage_some(cache: Path, chance: random.Random, bits: int) -> list[str]:
     return [name for name in hurt if (cache / name).read_bytes() != sound[name]]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_damaged_parts_are_named_and_made_anew(seed: int, ref: Path, same_line: Callable[[Path], str]) -> None:
     before = parts_of(ref)
     hurt = damage_some(ref, random.Random(seed), bits=12)
@@ -360,9 +360,8 @@ def test_damaged_parts_are_named_and_made_anew(seed: int, ref: Path, same_line: 
     assert "damaged" not in same_line(ref)
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_reader_never_gets_a_value_of_a_damaged_part(seed: int, whole: Path, ref: Path) -> None:
-    chance, expected = random.Random(seed), content_of(whole)
+def test_a_reader_never_gets_a_value_of_a_damaged_part(whole: Path, ref: Path) -> None:
+    chance, expected = random.Random(0), content_of(whole)
     for name in chance.sample(part_names(ref), 12):
         sound = (ref / name).read_bytes()
         kinds = [*chance.sample(sorted(DAMAGES), 3), *["bit"] * 4]
