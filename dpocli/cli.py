@@ -8,6 +8,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, TypeVar
@@ -19,6 +20,7 @@ from dpocli import __version__
 from dpocli.artifacts.status import Outcome, is_recorded, record_failure
 from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
 from dpocli.config.shared_options import Options
+from dpocli.engine.stop import EarlyStop
 from dpocli.errors import ExitCode, UsageError
 from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of
 from dpocli.terminal import Terminal, rank_from_environment, silence
@@ -84,18 +86,19 @@ def evaluate(options: EvaluateOptions, terminal: Terminal) -> None:
     run(options, terminal)
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code."""
-    sys.exit(run_command_line(sys.argv[1:] if arguments is None else arguments))
+def main(early_stop: EarlyStop | None = None) -> NoReturn:
+    """Run the command line of this process and leave with its exit code."""
+    sys.exit(run_command_line(sys.argv[1:], early_stop or EarlyStop()))
 
 
-def run_command_line(arguments: Sequence[str]) -> int:
+def run_command_line(arguments: Sequence[str], early_stop: EarlyStop | None = None) -> int:
     """Do what the command line says; every error ends here and becomes an exit code."""
     try:
-        work = app(checked(arguments or ["--help"]), prog_name="dpocli", standalone_mode=False)
-        if callable(work):
-            work()
-        sys.stdout.flush()
+        with early_stop or nullcontext():
+            work = app(checked(arguments or ["--help"]), prog_name="dpocli", standalone_mode=False)
+            if callable(work):
+                work()
+            sys.stdout.flush()
     except BaseException as error:
         if _is_broken_pipe(error):
             silence(sys.stdout)

@@ -64,6 +64,13 @@ class PreemptedError(DpoError):
     exit_code = ExitCode.PREEMPTED
 
 
+class StopSignal(KeyboardInterrupt):
+    """A signal asked to stop before there was anything to save.
+
+    Raised anywhere, and so of a kind that libraries let pass, as they do with Ctrl-C.
+    """
+
+
 def in_words(error: Exception) -> str:
     """The first line of what a library says, with the kind of error where that is a mere name or nothing."""
     line = (str(error).strip().splitlines() or [""])[0].rstrip(" .:")

@@ -252,9 +252,16 @@ from dpocli.errors import NumericsError, PreemptedError
 
 def run(options, terminal):
     shard = getattr(options, "shard", "0/1")
-    with RunDirectory(options.out, sys.argv[1], shard=shard) as out, StopFlag() as stop:
+
+    def begun():
         with open(os.environ["CALLS"], "a") as calls:
             print("dpocli", sys.argv[1], options.out, shard, file=calls)
+
+    if os.environ["ACT"] == "end while it starts":
+        begun()
+        time.sleep(99)
+    with RunDirectory(options.out, sys.argv[1], shard=shard) as out, StopFlag() as stop:
+        begun()
         if os.environ["ACT"] == "fail":
             raise NumericsError("NaN")
         while os.environ["ACT"] != "work" and not stop:
@@ -276,12 +283,12 @@ class Job:
     def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
         self.process, self._log = process, log
 
-    def ends(self, seconds: float = 60) -> tuple[int, str]:
+    def ends(self, seconds: float = 300) -> tuple[int, str]:
         """Exit code and what it said."""
         return self.process.wait(seconds), self._log.read_text()
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 300
         while not condition():
             assert self.process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, self._log.read_text()
@@ -425,6 +432,14 @@ def test_slurm_array_tasks_requeue_themselves_alone(act, cluster):
     assert status(cluster.work / "ref-heldout", "-3-of-16")["state"] == state
 
 
+def test_slurm_array_tasks_whose_time_is_up_while_they_start_are_requeued(cluster):
+    job = cluster.start("precompute", act="end while it starts", SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="3")
+    job.wait_until(lambda: bool(cluster.calls("dpocli")))
+    job.process.send_signal(signal.SIGUSR1)
+    code, said = job.ends()
+    assert (code, cluster.calls("scontrol")) == (75, ["requeue 7_3"]), said
+
+
 def test_slurm_jobs_that_fail_are_not_requeued(cluster):
     code, said = cluster.start("train", act="fail").ends()
     assert (code, status(cluster.work / "run")["exit_code"]) == (1, 5), said
@@ -462,7 +477,7 @@ def test_slurm_training_goes_on_when_requeued(real_cluster, monkeypatch):
     last_step = 0
     for attempt in (1, 2):
         job, before = real_cluster.start("train"), steps()
-        job.wait_until(lambda before=before: steps() > before + 2, 120)
+        job.wait_until(lambda before=before: steps() > before + 2)
         job.process.send_signal(signal.SIGUSR1)
         _, said = job.ends()
         found = status(real_cluster.work / "run")

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from dpocli.errors import DpoError, ResourceError, UsageError
 
@@ -106,6 +107,18 @@ def remove_stale_temporaries(directory: Path) -> list[Path]:
                 path.unlink()
                 removed.append(path)
     return removed
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock a file until it is closed. False: somebody else has it. True also where the file system has no locks.
+
+    A POSIX lock, since processes forked for other purposes do not inherit it: it dies with its owner.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)
+    return True
 
 
 @contextmanager

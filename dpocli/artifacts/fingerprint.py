@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpocli.artifacts.differences import changes, content_differences, file_differences
@@ -106,7 +105,7 @@ def build_fingerprint(
     model: ModelFiles | None = None,
     dtype: str | None = None,
     information: Mapping[str, Any] | None = None,
-    hash_memory_path: Path | None = None,
+    hash_memory: HashMemory | None = None,
 ) -> Fingerprint:
     """The fingerprint of a cache to be made.
 
@@ -119,7 +118,7 @@ def build_fingerprint(
         model: the reference; None for pairs that no reference scores.
         dtype: of the reference's forward pass ("bfloat16").
         information: anything worth knowing that decides no value.
-        hash_memory_path: file in which hashes of weights are remembered.
+        hash_memory: of hashes of weights.
 
     Raises:
         UsageError: the model directory has no weights or no configuration.
@@ -129,7 +128,7 @@ def build_fingerprint(
         tokenizer=TokenizerIdentity.of(tokenizer),
         content=tuple(content),
         settings={**settings, "total_rows": total_rows, "rows_per_part": rows_per_part},
-        reference=model.identity(HashMemory(hash_memory_path)) if model else None,
+        reference=model.identity(hash_memory) if model else None,
         dtype=dtype if model else None,
         information=information or {},
     )

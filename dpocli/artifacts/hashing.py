@@ -56,6 +56,8 @@ class HashMemory:
 
     path: Path | None = None
     """Where it is kept; None: nowhere."""
+    is_kept: bool = True
+    """Whether `save` writes; else what is known is only used."""
     _known: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,7 +88,7 @@ class HashMemory:
 
     def save(self) -> None:
         """Keep what is known, beside what other workers kept meanwhile. A failure costs time later, nothing else."""
-        if self.path is None or not self._known:
+        if self.path is None or not self.is_kept or not self._known:
             return
         kept = self._read()
         if kept | self._known == kept:

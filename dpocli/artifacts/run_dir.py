@@ -1,7 +1,5 @@
 """The directory that a command writes, from its first look at it to the outcome that it leaves there."""
 
-import errno
-import fcntl
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +9,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
-from dpocli.artifacts.files import file_errors_in_words, make_directory, read_json, write_atomically, write_json
+from dpocli.artifacts.companions import companion_file, failure_path, remove_dead_companions
+from dpocli.artifacts.files import (
+    file_errors_in_words,
+    make_directory,
+    read_json,
+    try_lock,
+    write_atomically,
+    write_json,
+)
 from dpocli.artifacts.metrics_log import MetricsLog
 from dpocli.artifacts.status import (
     DEAD_AFTER_SECONDS,
@@ -77,6 +83,11 @@ class RunDirectory:
         if self._is_writer:
             self._open()
             self._heart.start()
+            try:
+                self._begin()
+            except BaseException as error:
+                self.__exit__(type(error), error, error.__traceback__)
+                raise
         return self
 
     def __exit__(
@@ -157,21 +168,25 @@ class RunDirectory:
                 if not self._companions:
                     raise
                 self._become_companion()
-            self._failure_path.unlink(missing_ok=True)
-            self._write_status()
-            self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
         except BaseException:
             self._lock.close()
             raise
+
+    def _begin(self) -> None:
+        self._failure_path.unlink(missing_ok=True)
+        self._write_status()
+        if self._companions and not self.is_companion:
+            remove_dead_companions(self.path, self._shard)
+        self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
 
     def _become_companion(self) -> None:
         assert self._lock
         self._lock.close()
         self.is_companion = True
-        self._file = StatusFile(self.path, self._shard, f"-{self._status.host}-{self._status.pid}")
-        self._failure_path = self._file.path.with_name(f".failure-of-{self._file.path.name}")
+        self._file = companion_file(self.path, self._shard, self._status)
+        self._failure_path = failure_path(self._file)
         self._lock = self._file.lock_path.open("a")
-        _try_lock(self._lock)
+        try_lock(self._lock)
 
     def _refuse_second_writer(self, lock: TextIO) -> None:
         """Raise unless this is the only live writer.
@@ -179,7 +194,7 @@ class RunDirectory:
         The lock decides where the file system has locks. A writer on another host whose heartbeat is fresh may have
         been killed a moment ago: it is given a minute for a sign of life, so that a requeued job just goes on.
         """
-        if not _try_lock(lock):
+        if not try_lock(lock):
             raise self._second_writer(self._file.read())
         status = self._file.read()
         if status is None or not is_alive(status):
@@ -209,15 +224,3 @@ class RunDirectory:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             with suppress(OSError, DpoError):  # a full disk now may not be full at the next beat
                 self._write_status()
-
-
-def _try_lock(file: TextIO) -> bool:
-    """Lock a file until it is closed. False: somebody else has it. True also where the file system has no locks.
-
-    A POSIX lock, since processes forked for other purposes do not inherit it: it dies with its owner.
-    """
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
-    return True

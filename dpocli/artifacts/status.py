@@ -5,6 +5,7 @@ Launchers swallow exit codes (torchrun turns every one into 1), so scripts read 
 
 import errno
 import os
+import re
 import socket
 import time
 from contextlib import suppress
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpocli.artifacts.files import read_json, write_json
-from dpocli.errors import DpoError, ExitCode
+from dpocli.errors import DpoError, ExitCode, StopSignal
 
 DEAD_AFTER_SECONDS = 60.0
 """A writer on another host that has been silent for so long is taken for dead."""
@@ -41,6 +42,11 @@ class Outcome:
 def _classify(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, DpoError):
         return error.exit_code, str(error)
+    if isinstance(error, StopSignal):
+        return (
+            ExitCode.PREEMPTED,
+            "Stopped on request before there was anything to save. The same command line starts again.",
+        )
     if isinstance(error, KeyboardInterrupt):
         return ExitCode.INTERRUPTED, "Interrupted. The same command line goes on from what is saved."
     if is_out_of_memory(error):
@@ -55,11 +61,18 @@ def _classify(error: BaseException) -> tuple[ExitCode, str]:
     )
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: |CUDA error: out of memory|\b[A-Z]+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED\b"
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on the host or on a device; told without importing torch."""
     names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"MemoryError", "OutOfMemoryError"}) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    return (
+        bool(names & {"MemoryError", "OutOfMemoryError"})
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error))))
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.commands.reference import Reference
+from dpocli.commands.tiles import fault_of_skips
 from dpocli.config.shared_options import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Skipped
@@ -67,6 +68,7 @@ def estimate(
         "rows_to_do": missing_rows,
         "bytes": None,
         "seconds": None,
+        "stops": _stop(results, rows.num_rows, options.max_skipped),
     }
     if pairs:
         probe = _some(to_score) or known[:NEIGHBOURS]
@@ -100,6 +102,16 @@ def render(printer: Printer, figures: Mapping[str, Any]) -> None:
         printer.say(
             f"  {figures['rows_to_do']:,} rows are this worker's to do: about {format_duration(figures['seconds'])} of scoring"
         )
+
+
+def _stop(results: Sequence[EncodedPair | Skipped], num_rows: int, max_skipped: float) -> str | None:
+    """Why the run would stop, as far as the encoded rows tell; None where it would not."""
+    skipped = [result for result in results if isinstance(result, Skipped)]
+    fault = fault_of_skips(Counter(str(row.reason) for row in skipped), len(results), max_skipped, skipped)
+    if fault is None:
+        return None
+    seen = "would stop" if len(results) == num_rows else f"would probably stop, going by {len(results):,} rows encoded"
+    return f"--dry-run: the run {seen}: {fault}"
 
 
 def _starts(num_rows: int) -> Sequence[int]:

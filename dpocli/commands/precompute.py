@@ -15,7 +15,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint, compare
-from dpocli.artifacts.hashing import HASH_MEMORY_NAME
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.reuse import Reusable
 from dpocli.artifacts.run_dir import RunDirectory
@@ -31,7 +31,7 @@ from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.mesh import launched, pick_device
 from dpocli.engine.model import dtype_name, environment, pick_dtype
 from dpocli.engine.stop import StopFlag
-from dpocli.errors import CacheError, PreemptedError
+from dpocli.errors import CacheError, DataError, PreemptedError
 from dpocli.terminal import Printer, Terminal
 
 ROWS_THAT_DECIDE_TYPES = 1024
@@ -72,7 +72,7 @@ class Job:
             model=self.model,
             dtype=dtype_name(self.dtype),
             information=environment(self.device),
-            hash_memory_path=None if options.dry_run or options.verify else options.out / HASH_MEMORY_NAME,
+            hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
         )
         first_rows = (raw.fields for raw in self.rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
         kept = kept_types(first_rows, options.keep_columns)
@@ -153,6 +153,11 @@ def _fill(job: Job) -> None:
                     parts.write(tile, reference.complete(pairs, progress, go_on), skipped)
                     progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles) | reference.figures()
+        if splits := reference.num_splits:
+            terminal.say(
+                f"Memory ran out in {splits:,} {'pass' if splits == 1 else 'passes'}, made in two instead: the values are the "
+                "same. A smaller --token-budget saves that time."
+            )
         judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.max_skipped)
         if summary["complete"] and summary["pairs"]:
             summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
@@ -176,6 +181,8 @@ def _estimate(job: Job) -> None:
     with job.terminal.progress(None, "probe") as progress:
         figures = dry_run.estimate(job.rows, encoder, job.options, writer, job.reference(writer), left, progress)
     job.terminal.result(figures, lambda printer: dry_run.render(printer, figures))
+    if figures["stops"]:
+        raise DataError(figures["stops"])
 
 
 def _verify(job: Job) -> None:
@@ -187,7 +194,8 @@ def _verify(job: Job) -> None:
             f"--verify: the cache {options.out} was made with other settings than these ({'; '.join(differences)}). Give those "
             "that it was made with."
         )
-    found = job.reference(writer).verify(store, options.verify)
+    with job.terminal.progress(min(options.verify, len(store)), "verify") as progress:
+        found = job.reference(writer).verify(store, options.verify, progress)
     figures = {"out": str(options.out), "verified": asdict(found)}
     job.terminal.result(figures, lambda printer: printer.say(f"{options.out} holds what this model gives: {found}."))
 

@@ -16,11 +16,14 @@ from dpocli.engine import step0
 from dpocli.engine.exactness import PairsInMemory, sample, settle, window_of
 from dpocli.engine.mesh import Processes
 from dpocli.engine.model import environment, load_model
-from dpocli.engine.passes import PairView, reference_logps, token_budget
+from dpocli.engine.passes import reference_logps, token_budget
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import CacheError
 from dpocli.objective.scoring import PairScorer
 from dpocli.progress import Progress
+
+VERIFIED_AT_ONCE = 4096
+"""Pairs in memory at a time."""
 
 
 class Reference:
@@ -70,7 +73,7 @@ class Reference:
                 known[place] = pair
         return known
 
-    def verify(self, store: PairStore, count: int) -> step0.Step0:
+    def verify(self, store: PairStore, count: int, progress: Progress) -> step0.Step0:
         """Scores pairs of a cache again, drawn anew each time.
 
         Raises:
@@ -79,10 +82,14 @@ class Reference:
         if not len(store):
             raise CacheError(f"--verify {count}: the cache {store.directory} holds no pair.")
         positions = np.sort(np.random.default_rng().permutation(len(store))[:count])
-        self._settle(store.load(positions))
-        tolerance = step0.TOLERANCE[self._dtype]
-        view = PairView(store, np.arange(len(store)))
-        found = step0.measure(self._scorer, view, positions, tolerance, self._alone)
+        differences: list[step0.Difference] = []
+        for start in range(0, len(positions), VERIFIED_AT_ONCE):
+            cached = store.load(positions[start : start + VERIFIED_AT_ONCE])
+            self._settle(cached)
+            for before, now in zip(cached, reference_logps(self._scorer, cached, progress, lambda: None), strict=True):
+                assert now.reference
+                differences.append(step0.Difference.of(before, now.reference))
+        found = step0.judge(differences, step0.TOLERANCE[self._dtype])
         if not found.holds:
             raise CacheError(
                 f"--verify {count}: the cache {store.directory} does not hold what this model gives: {found}. If versions or "
@@ -94,6 +101,11 @@ class Reference:
         """For `summary.json`: how pairs were scored, and how many were not."""
         used = {"scoring": self._throughput.summary()} if self._longest_tried else {}
         return {"reused": self._num_reused} | used
+
+    @property
+    def num_splits(self) -> int:
+        """Passes for which the memory was not enough."""
+        return self._throughput.num_splits if self._longest_tried else 0
 
     @cached_property
     def _scorer(self) -> PairScorer:

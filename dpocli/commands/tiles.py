@@ -112,13 +112,21 @@ def writing_behind(writer: CacheWriter) -> Iterator[PartsBehind]:
 
 def judge_skips(skipped: Counter[str], num_rows: int, max_skipped: float, examples: Sequence[Skipped] = ()) -> None:
     """Raises DataError where more rows were skipped than may be, or all of them."""
+    if fault := fault_of_skips(skipped, num_rows, max_skipped, examples):
+        raise DataError(fault)
+
+
+def fault_of_skips(
+    skipped: Counter[str], num_rows: int, max_skipped: float, examples: Sequence[Skipped] = ()
+) -> str | None:
+    """Why so many skipped rows stop a run; None where they do not."""
     total = skipped.total()
     if total <= max_skipped * num_rows and total < num_rows:
-        return
+        return None
     reasons = "; ".join(f"{count} × {reason}" for reason, count in skipped.most_common())
     allowed = "no pair is left" if total == num_rows else f"--max-skipped allows {max_skipped:.0%}"
     otherwise = "" if total == num_rows else ", or raise --max-skipped"
-    raise DataError(
+    return (
         f"{total:,} of {num_rows:,} rows give no pair ({reasons}); {allowed}.{_first_of(examples)} Mend the data (or raise "
         f"--max-length if pairs are too long){otherwise}."
     )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -11,6 +12,9 @@ CHUNK_CHARACTERS = 1 << 18
 _WHITESPACE = " \t\r\n"
 _LONGEST_LITERAL = 12
 """No literal or escape is longer: an error this close to the end of the buffer may only mean that more must be read."""
+
+_STRUCTURE = re.compile(r"[\[\]{},:]")
+MEND = "Mend that place, or write the rows as JSON Lines (.jsonl), where one bad row leaves the others readable."
 
 
 def iterate_list(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -49,7 +53,10 @@ class _ListDecoder:
             yield self._element()
             self._count += 1
             separator = self._next_character()
-            self._position += separator == ","
+            if separator == ",":
+                self._position += 1
+                if self._next_character() == "]":
+                    raise self._damaged("there is a comma before this closing bracket", "Take that comma out.")
         if separator not in ("]", ""):
             raise self._damaged("',' or ']' is expected")
         if self._next_character() != "]":
@@ -75,11 +82,14 @@ class _ListDecoder:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
             except json.JSONDecodeError as error:
-                if not _may_be_cut(error):
-                    self._position = error.pos
-                    raise self._damaged(error.msg) from error
-                if not self._read_more():
-                    raise self._cut_off() from error
+                offset = error.pos - self._position
+                if _may_be_cut(error):
+                    if self._read_more():
+                        continue
+                    if _is_cut(error):
+                        raise self._cut_off() from error
+                self._position += offset
+                raise self._damaged(error.msg) from error
             except (ValueError, RecursionError) as error:
                 raise self._damaged(str(error)) from error
             else:
@@ -102,17 +112,19 @@ class _ListDecoder:
             return self._line, self._column + self._position
         return self._line + newlines, self._position - self._buffer.rfind("\n", 0, self._position)
 
-    def _damaged(self, problem: str) -> DataError:
+    def _damaged(self, problem: str, remedy: str = MEND) -> DataError:
         line, column = self._place()
-        return DataError(
-            f"{self._name}:{line}: column {column}: {problem} (after {self._count} whole rows). "
-            "Mend that place, or write the rows as JSON Lines (.jsonl), where one bad row leaves the others readable."
-        )
+        return DataError(f"{self._name}:{line}: column {column}: {problem} (after {self._count} whole rows). {remedy}")
 
     def _cut_off(self) -> DataError:
         return DataError(
             f"{self._name}: the list is cut off after {self._count} whole rows. Copy or write the file again."
         )
+
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    """Whether what stands at the end of a file is only the beginning of something."""
+    return error.msg.startswith("Unterminated string") or not _STRUCTURE.search(error.doc, error.pos)
 
 
 def _may_be_cut(error: json.JSONDecodeError) -> bool:

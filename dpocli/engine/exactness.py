@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from dpocli.data.batches import Layout
 from dpocli.data.preference import EncodedPair
 from dpocli.engine.mesh import Processes
-from dpocli.engine.trial import Gradient, Trial
-from dpocli.errors import NumericsError
+from dpocli.engine.trial import OUT_OF_MEMORY, Gradient, Trial
+from dpocli.errors import NumericsError, ResourceError
 from dpocli.objective.scoring import PairScorer
 
 NUM_DRAWN = 3
@@ -80,6 +80,7 @@ def settle(
     Raises:
         NumericsError: the forced layout is wrong for this model.
         UsageError: a backward pass failed, after which nothing can be tried any more.
+        ResourceError: the memory is not enough for a backward pass, or for the forced layout.
     """
     scorer.lay_out(Layout.PADDED)
     if asked == Layout.PADDED:
@@ -94,6 +95,11 @@ def settle(
         refused.append(f"{way}: {fault}")
         scorer.lay_out(Layout.PADDED)
     else:
+        if asked != "auto" and any(reason.endswith(OUT_OF_MEMORY) for reason in refused):
+            raise ResourceError(
+                f"--scoring {asked} cannot be tried on this model: the memory is not enough. Use --scoring auto, which takes "
+                "what fits, or a smaller --token-budget."
+            )
         if asked != "auto":
             raise NumericsError(
                 f"--scoring {asked} is wrong for this model ({'; '.join(refused)}). Use --scoring auto."

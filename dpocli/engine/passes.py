@@ -27,6 +27,9 @@ _NO_TOKEN = np.zeros(1, dtype=np.int32)
 FILLER = EncodedPair(row=-1, pair_id="", prompt_ids=_NO_TOKEN, chosen_ids=_NO_TOKEN, rejected_ids=_NO_TOKEN)
 """Goes through the model where a process has no pair left but the others still need it in their collectives."""
 
+Pass = tuple[list[int], PairBatch, TokenLogps]
+"""Which pairs went together, and what came out."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairView:
@@ -76,20 +79,11 @@ def reference_logps(
 
     A pass for which the memory is not enough is made in two. `go_on` is called before each pass, and may raise to stop.
     """
-    sizes = [scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs]
-    todo = pack(sizes, scorer.packing)[::-1]
-    passes: list[tuple[list[int], PairBatch, TokenLogps]] = []
-    while todo:
-        go_on()
-        members = todo.pop()
-        with torch.no_grad():
-            outcome = _score_if_it_fits(scorer, [pairs[index] for index in members])
-        if outcome is None:
-            half = len(members) // 2
-            todo += [members[half:], members[:half]]
-            continue
-        passes.append((members, *outcome))
-        progress.update(pairs=len(members), tokens=outcome[0].num_tokens)
+    passes: list[Pass] = []
+    for done in passes_that_fit(scorer, pairs, go_on):
+        members, batch, _ = done
+        passes.append(done)
+        progress.update(pairs=len(members), tokens=batch.num_tokens)
     scored: list[EncodedPair] = list(pairs)
     # Fetched at the end, so that no pass waits for the one before it to leave the accelerator.
     for members, batch, tokens in passes:
@@ -98,6 +92,28 @@ def reference_logps(
         for index, logps in zip(members, map(ReferenceLogps, chosen, rejected), strict=True):
             scored[index] = replace(pairs[index], reference=logps)
     return scored
+
+
+def passes_of(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> list[list[int]]:
+    """The indices of the pairs that go together through the scorer, as it is laid out."""
+    return pack([scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs], scorer.packing)
+
+
+def passes_that_fit(
+    scorer: PairScorer, pairs: Sequence[EncodedPair], go_on: Callable[[], None] = lambda: None
+) -> Iterator[Pass]:
+    """All pairs, scored without gradient; a pass for which the memory is not enough is made in two."""
+    todo = passes_of(scorer, pairs)[::-1]
+    while todo:
+        go_on()
+        members = todo.pop()
+        with torch.no_grad():
+            outcome = _score_if_it_fits(scorer, [pairs[index] for index in members])
+        if outcome is None:
+            half = len(members) // 2
+            todo += [members[half:], members[:half]]
+        else:
+            yield members, *outcome
 
 
 def _score_if_it_fits(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, TokenLogps] | None:
@@ -109,9 +125,14 @@ def _score_if_it_fits(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple
             raise
     # Here, where the error no longer holds on to what the pass had allocated.
     scorer.tally.splits += 1
+    free_memory(scorer)
+    return None
+
+
+def free_memory(scorer: PairScorer) -> None:
+    """After memory ran out: what the allocator keeps in pieces becomes whole again. Not inside an `except`."""
     if scorer.device.type == "cuda":
         torch.cuda.empty_cache()
-    return None
 
 
 def token_budget(given: int | None, device: torch.device) -> int:

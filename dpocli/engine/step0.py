@@ -3,12 +3,14 @@
 Judged per token, because sums over an answer carry several tenths of a nat of bfloat16 noise.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import FILLER, PairView, my_passes, score
 from dpocli.objective.scoring import PairScorer
@@ -43,6 +45,27 @@ class Step0:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Live minus cached log-probs of one pair, summed over its tokens."""
+
+    row: int
+    absolute: float
+    signed: float
+    num_tokens: int
+
+    @classmethod
+    def of(cls, cached: EncodedPair, live: ReferenceLogps) -> "Difference":
+        assert cached.reference is not None
+        now, before = (np.concatenate([each.chosen, each.rejected]) for each in (live, cached.reference))
+        delta = now.astype(np.float64) - before
+        return cls(cached.row, float(np.abs(delta).sum()), float(delta.sum()), len(delta))
+
+    @property
+    def mean(self) -> float:
+        return self.absolute / self.num_tokens
+
+
 def measure(
     scorer: PairScorer, view: PairView, positions: NDArray[np.int64], tolerance: float, processes: Processes
 ) -> Step0:
@@ -50,32 +73,32 @@ def measure(
 
     The model is taken as it is: the caller sees to it that no dropout is on.
     """
-    per_pair: list[tuple[int, float, float, int]] = []
+    found: list[Difference] = []
     with torch.no_grad():
         for _, pairs in my_passes(view, positions, scorer.packing, processes):
             batch, tokens = score(scorer, pairs or [FILLER])
             chosen, rejected = tokens.chosen.cpu().numpy(), tokens.rejected.cpu().numpy()
             ends = zip(np.cumsum(batch.chosen_lengths), np.cumsum(batch.rejected_lengths), strict=True)
             for pair, (chosen_end, rejected_end) in zip(pairs, ends, strict=False):
-                assert pair.reference is not None
-                live = np.concatenate(
-                    [
-                        chosen[chosen_end - len(pair.chosen_ids) : chosen_end],
-                        rejected[rejected_end - len(pair.rejected_ids) : rejected_end],
-                    ]
-                ).astype(np.float64)
-                delta = live - np.concatenate([pair.reference.chosen, pair.reference.rejected])
-                per_pair.append((pair.row, float(np.abs(delta).sum()), float(delta.sum()), len(delta)))
-    everywhere = processes.gather(per_pair)
-    num_tokens = sum(count for *_, count in everywhere)
+                live = ReferenceLogps(
+                    chosen[chosen_end - len(pair.chosen_ids) : chosen_end],
+                    rejected[rejected_end - len(pair.rejected_ids) : rejected_end],
+                )
+                found.append(Difference.of(pair, live))
+    return judge(processes.gather(found), tolerance)
+
+
+def judge(found: Sequence[Difference], tolerance: float) -> Step0:
+    """What the differences of all checked pairs come to."""
+    num_tokens = sum(each.num_tokens for each in found)
     # NaN must lose every comparison below, so it counts as the worst.
-    worst = max(everywhere, key=lambda entry: np.nan_to_num(entry[1] / entry[3], nan=np.inf))
+    worst = max(found, key=lambda each: np.nan_to_num(each.mean, nan=np.inf))
     return Step0(
-        mean=sum(absolute for _, absolute, _, _ in everywhere) / num_tokens,
-        signed_mean=sum(signed for _, _, signed, _ in everywhere) / num_tokens,
-        worst_row=worst[0],
-        worst_mean=worst[1] / worst[3],
-        num_pairs=len(everywhere),
+        mean=sum(each.absolute for each in found) / num_tokens,
+        signed_mean=sum(each.signed for each in found) / num_tokens,
+        worst_row=worst.row,
+        worst_mean=worst.mean,
+        num_pairs=len(found),
         tolerance=tolerance,
     )
 

@@ -43,6 +43,11 @@ class Throughput:
             self._scorer.tally = Tally()
             self._seconds += time.perf_counter() - start
 
+    @property
+    def num_splits(self) -> int:
+        """Passes that were made in two for lack of memory."""
+        return self._tally.splits
+
     def summary(self) -> dict[str, Any]:
         """For `summary.json`; figures are those of this process."""
         tally = self._tally

@@ -14,10 +14,12 @@ from dpocli.artifacts.status import is_out_of_memory
 from dpocli.data.batches import Layout, pack
 from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.engine.mesh import Processes
-from dpocli.engine.passes import score
-from dpocli.errors import UsageError
+from dpocli.engine.passes import Pass, free_memory, passes_of, passes_that_fit, score
+from dpocli.errors import DpoError, ResourceError, UsageError
 from dpocli.objective.block_mask import try_kernel
 from dpocli.objective.scoring import PairScorer
+
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +73,36 @@ class Trial:
 
         Raises:
             UsageError: its backward pass failed.
+            ResourceError: the memory is not enough for its backward pass.
         """
+        given = self._scorer.packing.token_budget
+        while (found := self._first_fault(layout, flex)) == OUT_OF_MEMORY:
+            free_memory(self._scorer)
+            if not self._make_smaller():
+                break
+        self._scorer.packing = replace(self._scorer.packing, token_budget=given)
+        return found
+
+    def _first_fault(self, layout: Layout, flex: bool) -> str | None:
         for step in self._steps(layout, flex):
             found = _outcome(step)
             # Each process has computed the same, but rounding and compilers are each machine's own; and none may go on
             # to what all have to do together while another has left.
             if self._processes.any(found is not None):
-                return found or "refused on another process"
+                lacks_memory = self._processes.any(found == OUT_OF_MEMORY)
+                return OUT_OF_MEMORY if lacks_memory else found or "refused on another process"
         return None
+
+    def _make_smaller(self) -> bool:
+        """Whether rows of half the tokens would still hold several pairs, and so show a leak; the next trial takes them."""
+        packing = self._scorer.packing
+        sizes = [packing.layout.size(*map(len, pair.all_ids)) for pair in self._pairs]
+        widest = max(sum(sizes[index] for index in members) for members in pack(sizes, packing))
+        smaller = replace(packing, token_budget=min(widest, packing.token_budget) // 2)
+        if all(len(members) == 1 for members in pack(sizes, smaller)):
+            return False
+        self._scorer.packing = smaller
+        return True
 
     def _steps(self, layout: Layout, flex: bool) -> Iterator[Callable[[], str | None]]:
         if flex:
@@ -106,7 +130,7 @@ class Trial:
         """Changes the first pair of each row and the chosen side of its last: nothing else may move."""
         changed = list(self._pairs)
         unchanged: list[tuple[int, int]] = []
-        for members in self._passes(self._pairs):
+        for members in passes_of(self._scorer, self._pairs):
             *others, last = members
             changed[last] = replace(changed[last], chosen_ids=self._other(changed[last].chosen_ids))
             unchanged.append((last, 1))
@@ -126,9 +150,12 @@ class Trial:
         try:
             fast = self._gradient_of_mean(self._gradient)
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
             # What wraps the model is in no state to go on from: it would leave gradients out without a word.
+            if is_out_of_memory(error):
+                raise ResourceError(
+                    f"Out of memory while scoring {layout} was tried with gradients ({_first_line(error)}). Give a smaller "
+                    "--token-budget, or --gradient-checkpointing."
+                ) from error
             simpler = Layout.PADDED if layout is Layout.PACKED else Layout.PACKED
             raise UsageError(
                 f"The backward pass of scoring {layout} failed ({_first_line(error)}). Give --scoring {simpler}."
@@ -136,25 +163,28 @@ class Trial:
         off = float((fast - self._plain_gradient).norm() / self._plain_gradient.norm().clamp(min=1e-30))
         return None if off <= self._noise.gradient else f"gradients differ by {off:.2g} of their norm"
 
-    def _passes(self, pairs: Sequence[EncodedPair]) -> list[list[int]]:
-        packing = self._scorer.packing
-        return pack([packing.layout.size(*map(len, pair.all_ids)) for pair in pairs], packing)
-
     def _values(self, pairs: Sequence[EncodedPair]) -> list[Sides]:
         values: dict[int, Sides] = {}
-        for members in self._passes(pairs):
-            with torch.no_grad():
-                batch, tokens = score(self._scorer, [pairs[index] for index in members])
+        for members, batch, tokens in self._scored(pairs):
             chosen = torch.split(tokens.chosen.float().cpu(), list(batch.chosen_lengths))
             rejected = torch.split(tokens.rejected.float().cpu(), list(batch.rejected_lengths))
             values |= dict(zip(members, zip(chosen, rejected, strict=True), strict=True))
         return [values[index] for index in range(len(pairs))]
 
+    def _scored(self, pairs: Sequence[EncodedPair]) -> Iterator[Pass]:
+        # In training all processes make the same passes; and what is tried are rows of several pairs, not of their halves.
+        if self._scorer.packing.layout is Layout.PADDED and self._gradient is None:
+            yield from passes_that_fit(self._scorer, pairs)
+            return
+        for members in passes_of(self._scorer, pairs):
+            with torch.no_grad():
+                yield members, *score(self._scorer, [pairs[index] for index in members])
+
     def _gradient_of_mean(self, gradient: Gradient) -> Tensor:
         """Of the mean log-prob of all tokens."""
         num_tokens = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self._pairs)
         parts = []
-        for members in self._passes(self._pairs):
+        for members in passes_of(self._scorer, self._pairs):
             _, tokens = score(self._scorer, [self._pairs[index] for index in members])
             parts.append(gradient((tokens.chosen.sum() + tokens.rejected.sum()) / num_tokens))
         return torch.stack(parts).sum(0)
@@ -171,12 +201,10 @@ class Trial:
 def _outcome(step: Callable[[], str | None]) -> str | None:
     try:
         return step()
-    except UsageError:
+    except DpoError:
         raise
     except Exception as error:  # whatever a model, a compiler or a driver raises: there is a simpler way
-        if is_out_of_memory(error):
-            raise
-        return _first_line(error)
+        return OUT_OF_MEMORY if is_out_of_memory(error) else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

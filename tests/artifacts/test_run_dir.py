@@ -1,6 +1,8 @@
+import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -67,7 +69,7 @@ def test_the_heart_beats(tmp_path, monkeypatch):
     with RunDirectory(tmp_path, "train") as run:
         first = status_of(tmp_path)["heartbeat"]
         run.update(step=3, message="evaluating")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while status_of(tmp_path)["step"] != 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         status = status_of(tmp_path)
@@ -130,7 +132,7 @@ from pathlib import Path
 from dpocli.artifacts.run_dir import RunDirectory
 with RunDirectory(Path(sys.argv[1]), "train"):
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -150,7 +152,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 
 def test_without_locks_the_process_is_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_dir.fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks available")))
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks available")))
     leave_behind(tmp_path, pid=os.getppid(), pid_started=status.process_start(os.getppid()))
     with pytest.raises(UsageError, match=f"process {os.getppid()} "), RunDirectory(tmp_path, "train"):
         pass
@@ -207,6 +209,91 @@ def test_shards_share_a_directory(tmp_path):
         assert status_of(tmp_path, "status-0-of-2.json")["state"] == "running"
     assert status_of(tmp_path, "status-1-of-2.json")["state"] == "done"
     assert not (tmp_path / "status.json").exists()
+
+
+# what companions leave
+
+
+def leave_companion(path, host, pid, **changes):
+    """The lock of a companion; and a status and a failure, if there are changes to a new status."""
+    name = f"status-{host}-{pid}"
+    if changes:
+        left = replace(new_status("precompute"), **{"host": host, "pid": pid} | changes)
+        StatusFile(path, companion=f"-{host}-{pid}").write(left)
+        (path / f".failure-of-{name}.json").write_text("{}")
+    (path / f".{name}.lock").touch()
+
+
+def companions_in(path):
+    return sorted({found.name for found in path.iterdir()} - {"status.json", ".status.lock"})
+
+
+@pytest.fixture
+def dead_pid():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.mark.parametrize("state", ["running", "done", "preempted", "failed"])
+def test_dead_companions_go_with_the_next_start(tmp_path, dead_pid, state):
+    leave_companion(tmp_path, socket.gethostname(), dead_pid, state=state)
+    leave_companion(tmp_path, "node-7", 3, state=state, heartbeat=0.0)
+    leave_companion(tmp_path, socket.gethostname(), os.getppid(), state=state, pid_started=1)
+    with RunDirectory(tmp_path, "precompute", companions=True):
+        assert companions_in(tmp_path) == []
+
+
+def test_a_companion_that_was_killed_before_it_had_a_status(tmp_path, dead_pid):
+    leave_companion(tmp_path, socket.gethostname(), dead_pid)
+    leave_companion(tmp_path, socket.gethostname(), os.getppid())
+    leave_companion(tmp_path, "node-7", dead_pid)
+    with RunDirectory(tmp_path, "precompute", companions=True):
+        left = [f".status-{socket.gethostname()}-{os.getppid()}.lock", f".status-node-7-{dead_pid}.lock"]
+        assert companions_in(tmp_path) == sorted(left), "those whose processes are there, or cannot be looked for"
+
+
+def test_living_companions_and_other_shards_keep_their_files(tmp_path):
+    leave_companion(tmp_path, socket.gethostname(), os.getppid(), pid_started=status.process_start(os.getppid()))
+    leave_companion(tmp_path, "node-7", 3, state="running")
+    dead = replace(new_status("precompute"), host="node-7", pid=3, heartbeat=0.0)
+    for companion in ("", "-node-7-3"):
+        file = StatusFile(tmp_path, "1/2", companion)
+        file.write(dead)
+        file.lock_path.touch()
+    before = companions_in(tmp_path)
+    with RunDirectory(tmp_path, "precompute", companions=True):
+        assert companions_in(tmp_path) == before
+
+
+def test_the_lock_of_a_companion_decides(tmp_path):
+    """By its status alone it is dead: the clocks of two hosts may differ."""
+    leave_companion(tmp_path, "node-7", 3, heartbeat=0.0)
+    lock = tmp_path / ".status-node-7-3.lock"
+    with subprocess.Popen([sys.executable, "-c", LOCK, lock], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "locked\n"
+        with RunDirectory(tmp_path, "precompute", companions=True):
+            assert lock.exists()
+        holder.kill()
+    with RunDirectory(tmp_path, "precompute", companions=True):
+        assert companions_in(tmp_path) == []
+
+
+def test_a_companion_removes_nothing(tmp_path):
+    with RunDirectory(tmp_path, "precompute", companions=True):
+        leave_companion(tmp_path, "node-7", 3, heartbeat=0.0)
+        with RunDirectory(tmp_path, "precompute", companions=True) as second:
+            assert second.is_companion
+            assert (tmp_path / "status-node-7-3.json").exists()
+
+
+LOCK = """
+import fcntl, sys, time
+with open(sys.argv[1], "a") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print("locked", flush=True)
+    time.sleep(3600)
+"""
 
 
 # failures before the run directory is entered

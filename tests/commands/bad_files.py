@@ -147,7 +147,7 @@ BAD_FILES = [
     BadFile("footer.parquet", flipped(PARQUET, len(PARQUET) - 9), DATA, ("footer.parquet: not a Parquet file",)),
     BadFile("short.jsonl", MANY[:-20], DATA, ("short.jsonl:200: column", "not JSON")),
     BadFile("cut.json", json.dumps([TEXT] * 3).encode()[:-30], DATA, ("cut.json: the list is cut off after 2 whole rows", "again")),
-    BadFile("comma.json", json.dumps([TEXT]).encode()[:-1] + b",]", DATA, ("comma.json: the list is cut off after 1 whole rows",)),
+    BadFile("comma.json", json.dumps([TEXT]).encode()[:-1] + b",]", DATA, ("comma.json:1: column ", "there is a comma before this closing bracket (after 1 whole rows). Take that comma out.")),
     BadFile("no_comma.json", b"[{}\n {}]" + b" " * 20, DATA, ("no_comma.json:2: column 2: ',' or ']' is expected",)),
     BadFile("two_lists.json", json.dumps([TEXT]).encode() * 2, DATA, ("two_lists.json:1", "something follows the list")),
     BadFile("quotes.jsonl", lines(TEXT, str(TEXT).encode()), DATA, ("quotes.jsonl:2: column 2: not JSON",)),

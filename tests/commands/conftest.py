@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from dpocli.artifacts.plots import draw_curves
 from dpocli.cli import run_command_line
+from dpocli.commands import train
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sample_data"
@@ -27,6 +30,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pictures() -> Iterator[None]:
+    """Drawing the curves takes as long as all the rest of a short run."""
+    train.draw_curves = lambda *_: None
+    yield
+    train.draw_curves = draw_curves
+
+
+@contextmanager
+def pictures() -> Iterator[None]:
+    """They are drawn here all the same."""
+    without, train.draw_curves = train.draw_curves, draw_curves
+    yield
+    train.draw_curves = without
 
 
 @dataclass
@@ -73,6 +92,14 @@ def start(*arguments: object, launcher: tuple[str, ...] = (), **environment: str
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         cwd=ROOT,
     )
+
+
+def start_held(method: str, number: int, *arguments: object) -> "subprocess.Popen[str]":
+    """The same, standing still before it calls a method ("module:Class.method") for the `number`th time."""
+    process = start(method, number, *arguments, launcher=("tests.commands.held",))
+    assert process.stdout
+    assert process.stdout.readline() == "held\n", process.communicate()[1]
+    return process
 
 
 @pytest.fixture(scope="session")

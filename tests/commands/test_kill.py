@@ -1,25 +1,28 @@
 """Kill any command anywhere: the same line goes on from there, and nothing of the result tells that it was killed."""
 
 import json
-import os
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from dpocli.artifacts.metrics_log import MetricsLog
 from dpocli.artifacts.run_dir import RunDirectory
-from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, start
+from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet, start, start_held
 
-SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "20", "--save-every", "3")
+SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "12", "--save-every", "3")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 300
     while not condition():
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline, "what the test waits for did not happen"
         time.sleep(0.01)
 
@@ -30,14 +33,13 @@ def steps_done(out: Path) -> int:
 
 
 def test_precompute_killed_in_the_middle_writes_the_same_cache(tmp_path: Path, dpocli: Run) -> None:
-    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--rows-per-part", 8, "--token-budget", 400)
+    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 96, "--rows-per-part", 8, "--token-budget", 400)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    process = start(*line, "--out", killed)
-    wait_until(lambda: len(list(killed.glob("rows-*"))) >= 3)
+    process = start_held("dpocli.artifacts.cache_writer:CacheWriter.write", 4, *line, "--out", killed)
     process.kill()
     process.communicate()
     there = {path.name: path.stat().st_mtime_ns for path in killed.glob("rows-*")}
-    assert 3 <= len(there) < 50, "the kill came too late to show anything"
+    assert len(there) == 3
     for out in (killed, undisturbed):
         result = dpocli(*line, "--out", out)
         assert result.code == 0, result.err
@@ -50,63 +52,82 @@ def test_precompute_killed_in_the_middle_writes_the_same_cache(tmp_path: Path, d
     assert not list(killed.glob("*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def train_line(cache: Path, held_out_cache: Path) -> tuple[object, ...]:
+    held_out = ("--eval-reference", held_out_cache, "--eval-every", 7)
+    return ("train", "--model", MODEL, "--reference", cache, *held_out, *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train_line: tuple[object, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    quiet(*train_line, "--out", out)
+    return out
+
+
 @pytest.mark.parametrize("after", [1, 8])
 def test_train_killed_in_the_middle_ends_with_the_same_bits(
-    after: int, cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run
+    after: int, train_line: tuple[object, ...], undisturbed: Path, tmp_path: Path, dpocli: Run
 ) -> None:
     """Before the first checkpoint, and between two."""
-    held_out = ("--eval-reference", held_out_cache, "--eval-every", 10)
-    line = ("train", "--model", MODEL, "--reference", cache, *held_out, *SETTINGS)
-    killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    process = start(*line, "--out", killed)
-    wait_until(lambda: steps_done(killed) >= after)
+    line, killed = train_line, tmp_path / "killed"
+    process = start_held("dpocli.artifacts.metrics_log:MetricsLog.append", after + 1, *line, "--out", killed)
     process.kill()
     process.communicate()
-    assert steps_done(killed) < 20, "the kill came too late to show anything"
+    assert steps_done(killed) == after
     assert json.loads((killed / "status.json").read_text())["state"] == "running"
-    for out in (killed, undisturbed):
-        result = dpocli(*line, "--out", out)
-        assert result.code == 0, result.err
+    result = dpocli(*line, "--out", killed)
+    assert result.code == 0, result.err
     first, second = (load_file(out / "model" / "model.safetensors") for out in (killed, undisturbed))
     assert all(first[name].tobytes() == second[name].tobytes() for name in second)
     assert metrics_of(killed) == metrics_of(undisturbed)
-    moments = load_file(killed / "checkpoints" / "step-20" / "optimizer.safetensors")
-    assert len(moments) == 3 * len(load_file(killed / "checkpoints" / "step-20" / "model.safetensors"))
+    moments = load_file(killed / "checkpoints" / "step-12" / "optimizer.safetensors")
+    assert len(moments) == 3 * len(load_file(killed / "checkpoints" / "step-12" / "model.safetensors"))
     assert not list((killed / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("request_", ["SIGTERM", "stop file"])
-def test_a_stop_on_request_saves_and_exits_75(request_: str, cache: Path, tmp_path: Path, dpocli: Run) -> None:
-    out = tmp_path / "run"
-    line = ("train", "--model", MODEL, "--reference", cache, *SETTINGS, "--max-steps", 3000, "--out", out)
-    process = start(*line)
-    wait_until(lambda: steps_done(out) >= 2)
-    if request_ == "SIGTERM":
-        process.send_signal(signal.SIGTERM)
-    else:
-        (out / "stop").touch()
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75, err
+def assert_saved(out: Path) -> None:
     status = json.loads((out / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("preempted", 75)
     assert (out / "checkpoints" / f"step-{status['step']}").is_dir()
     assert [row["step"] for row in metrics_of(out)] == list(range(1, status["step"] + 1))
 
 
-def test_a_second_writer_of_one_run_is_refused(cache: Path, tmp_path: Path, dpocli: Run) -> None:
+def test_a_second_writer_is_refused_and_sigterm_saves_and_exits_75(cache: Path, tmp_path: Path, dpocli: Run) -> None:
     out = tmp_path / "run"
-    line = ("train", "--model", MODEL, "--reference", cache, *SETTINGS, "--max-steps", 3000, "--out", out)
+    line = ("train", "--model", MODEL, "--reference", cache, *SETTINGS, "--max-steps", 100_000, "--out", out)
     process = start(*line)
     try:
-        wait_until(lambda: steps_done(out) >= 1)
+        wait_until(lambda: steps_done(out) >= 2, process)
         result = dpocli(*line)
         assert result.code == 2
-        assert str(process.pid) in result.err
+        assert f"process {process.pid} on " in result.err
         assert "is writing it" in result.err
-        os.kill(process.pid, 0)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+    assert process.returncode == 75, err
+    assert_saved(out)
+
+
+def test_a_stop_file_saves_and_exits_75(
+    cache: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    plain = MetricsLog.append
+
+    def append(self: MetricsLog, row: Mapping[str, Any]) -> None:
+        plain(self, row)
+        if steps_done(out) == 2:
+            (out / "stop").touch()
+
+    monkeypatch.setattr(MetricsLog, "append", append)
+    line = ("train", "--model", MODEL, "--reference", cache, *SETTINGS, "--out", out)
+    assert dpocli(*line).code == 75
+    assert_saved(out)
+    assert 2 <= steps_done(out) < 12
 
 
 def test_a_stop_at_any_moment_leaves_no_gap_and_no_repeat(

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.commands import evaluate, train
+from dpocli.commands import evaluate
 from dpocli.config.loss_choice import LossChoice
 from dpocli.engine import passes
 from dpocli.engine.trainer import StepOutcome, Trainer
@@ -24,17 +24,11 @@ from tests.commands.test_two_processes import TORCHRUN
 ALL_OF_THEM = "aot+aot_unpaired+beta_dpo(beta_dpo_alpha=0.1)+2*bco_pair(beta=0.1)+sft"
 MIXTURE = "0.8*dpo+0.2*bco_pair(beta=0.1)+sft"
 REMEMBERING = "beta_dpo(beta=0.2)+bco_pair(beta=0.4)"
-WHOLE_BATCH = ["aot", "beta_dpo", "bco_pair(beta=0.1)", MIXTURE]
+WHOLE_BATCH = ["aot", "beta_dpo", MIXTURE]
 # 40 pairs in batches of 9: the fifth batch holds 4, and the sixth begins a new epoch.
 STEPS = ("--batch-size", 9, "--max-steps", 6, "--learning-rate", "3e-4", "--save-every", 6)
 SIZES = [9, 9, 9, 9, 4, 9]
 ONE_PASS, TWO_PASSES, MANY_PASSES = ("--token-budget", 4096), ("--token-budget", 450), ("--token-budget", 180)
-
-
-@pytest.fixture(autouse=True)
-def _no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the curves takes as long as all the rest."""
-    monkeypatch.setattr(train, "draw_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +111,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
 def on_two(*arguments: object) -> str:
     """What two processes say."""
     process = start(*arguments, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return err
 
@@ -248,13 +242,10 @@ def break_in(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "step", broken)
 
 
-@pytest.mark.parametrize("loss", ["bco_pair(beta=0.1)", "beta_dpo"])
 def test_a_run_goes_on_with_the_same_bits(
-    loss: str, far: Path, far_held_out: Path, tmp_path: Path, dpocli: Run
+    remembering: Path, far: Path, far_held_out: Path, tmp_path: Path, dpocli: Run
 ) -> None:
-    line = line_of(far, far_held_out, "--loss", loss, *TWO_PASSES, "--save-every", 2)
-    undisturbed = tmp_path / "undisturbed"
-    assert dpocli(*line, "--out", undisturbed).code == 0
+    line, undisturbed = line_of(far, far_held_out, "--loss", REMEMBERING, *TWO_PASSES, "--save-every", 2), remembering
     for how, last in (("stopped", 3), ("broken", 2)):
         disturbed = tmp_path / how
         with pytest.MonkeyPatch.context() as patch:
@@ -274,7 +265,8 @@ def test_a_run_goes_on_with_the_same_bits(
             assert (disturbed / "model" / file).read_bytes() == (undisturbed / "model" / file).read_bytes()
         checkpoints = [run / "checkpoints" / "step-6" / "state.json" for run in (disturbed, undisturbed)]
         states = [json.loads(path.read_text())["loss_states"] for path in checkpoints]
-        assert states[0] == states[1] != {}
+        assert states[0] == states[1]
+        assert states[0].keys() == {"beta_dpo", "bco_pair"}
 
 
 def test_a_run_that_forgot_what_its_loss_knew_is_told_apart(

@@ -9,20 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of
+from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, pictures, quiet
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "6", "--save-every", "2")
 
 
 @pytest.fixture(scope="module")
 def trained(cache: Path, held_out_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.commands.conftest import quiet
-
     out = tmp_path_factory.mktemp("run") / "run"
-    quiet(
-        "train", "--model", MODEL, "--reference", cache, "--eval-reference", held_out_cache, "--out", out, *SETTINGS,
-        "--eval-every", 3, "--beta", 0.3,
-    )  # fmt: skip
+    with pictures():
+        quiet(
+            "train", "--model", MODEL, "--reference", cache, "--eval-reference", held_out_cache, "--out", out, *SETTINGS,
+            "--eval-every", 3, "--beta", 0.3,
+        )  # fmt: skip
     return out
 
 

@@ -14,7 +14,7 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-
 
 def on_two(*arguments: object) -> None:
     process = start(*arguments, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=240)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
 
 
@@ -28,20 +28,10 @@ def assert_same_metrics(run: Path, other: Path) -> None:
         np.testing.assert_allclose(theirs, mine, rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        # 40 pairs in batches of 9: the last batch is smaller, and one process has fewer pairs than the other.
-        ("--batch-size", 9, "--epochs", 1, "--loss", "dpo"),
-        # The last batch of an epoch holds one pair, so that one process has none.
-        ("--batch-size", 13, "--epochs", 1, "--loss", "ipo", "--token-budget", 200),
-    ],
-    ids=["dpo", "a process without pairs"],
-)
-def test_training_on_two_processes_equals_one(
-    settings: tuple[object, ...], cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run
-) -> None:
+def test_training_on_two_processes_equals_one(cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run) -> None:
+    """40 pairs in batches of 13: one process has fewer pairs than the other, and in the last batch none."""
     one, two = tmp_path / "one", tmp_path / "two"
+    settings = ("--batch-size", 13, "--epochs", 1, "--loss", "ipo", "--token-budget", 200)
     line = ("train", "--model", MODEL, "--reference", cache, "--eval-reference", held_out_cache, "--eval-every", 2)
     rate = ("--learning-rate", "3e-4")
     result = dpocli(*line, *rate, *settings, "--out", one)

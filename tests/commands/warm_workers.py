@@ -16,6 +16,7 @@ import torch
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.cli import run_command_line
 from dpocli.commands.reference import Reference
+from dpocli.engine.stop import EarlyStop
 
 BEGUN, WRITTEN = "begun", "written"
 
@@ -79,13 +80,14 @@ class Worker:
 
 
 def _work(line: list[str], log: Path, tally: Tally) -> None:
+    early_stop = EarlyStop()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
     _count(Reference, "complete", lambda pairs: tally.count(BEGUN, pairs[0].row, len(pairs)), before=True)
     _count(CacheWriter, "write", lambda tile: tally.count(WRITTEN, tile.start, tile.num_rows), before=False)
-    sys.exit(run_command_line(line))
+    sys.exit(run_command_line(line, early_stop))
 
 
 def _count(owner: type, name: str, count: Callable[[Any], None], *, before: bool) -> None:

@@ -16,7 +16,7 @@ from dpocli.data.preference import EncodedPair
 from dpocli.engine.exactness import NUM_DRAWN, TOKENS_ENOUGH, PairsInMemory, sample, settle, window_of
 from dpocli.engine.mesh import Processes, joined
 from dpocli.engine.policy import Policy
-from dpocli.errors import NumericsError, UsageError
+from dpocli.errors import NumericsError, ResourceError, UsageError
 from dpocli.objective import attention
 from dpocli.objective.scoring import PairScorer
 from tests.pairs import random_pairs
@@ -267,10 +267,73 @@ def test_an_error_without_words_is_told_by_its_kind(monkeypatch: pytest.MonkeyPa
     ],
     ids=["device", "host", "torch on the host"],
 )
-def test_a_lack_of_memory_is_no_fault_of_the_model(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_way_fits_the_memory_the_plain_one_is_taken(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
     altered(monkeypatch, raising(error))
-    with pytest.raises(type(error)):
-        settled(build("llama-tied"))
+    outcome = settled(build("llama-tied"))
+    assert outcome.layout is Layout.PADDED
+    assert "(shared: out of memory; packed: out of memory)" in outcome.said[0]
+    with pytest.raises(ResourceError, match=r"--scoring shared cannot be tried .* Use --scoring auto"):
+        settled(build("llama-tied"), asked="shared")
+
+
+def rows_that_do_not_fit(monkeypatch: pytest.MonkeyPatch, tokens: int) -> list[int]:
+    """Memory runs out over rows of more tokens, however pairs are laid out; gives the sizes of all passes."""
+    sizes: list[int] = []
+    plain = PairScorer.forward
+
+    def forward(self: PairScorer, batch: PairBatch) -> Any:
+        sizes.append(
+            sum(map(self.packing.layout.size, batch.prompt_lengths, batch.chosen_lengths, batch.rejected_lengths))
+        )
+        if sizes[-1] > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(self, batch)
+
+    monkeypatch.setattr(PairScorer, "forward", forward)
+    return sizes
+
+
+def test_a_trial_that_does_not_fit_the_memory_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = rows_that_do_not_fit(monkeypatch, 40)
+    scorer = PairScorer(build("llama-tied"), token_budget=1024)
+    outcome = settled(scorer, pairs_of((9, 8, 7), (3, 4, 5), (4, 2, 6), (5, 5, 5)))
+    assert (outcome.layout, outcome.said) == (Layout.SHARED, [])
+    assert max(sizes) > 40
+    assert scorer.packing.token_budget == 1024, "only the trial is smaller"
+
+
+def test_a_leak_is_seen_in_a_smaller_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaking(plain: Attention, arguments: dict[str, Any]) -> Output:
+        return plain(**arguments)[0] + arguments["value"][:, :, :1].sum().sin(), None
+
+    altered(monkeypatch, leaking)
+    rows_that_do_not_fit(monkeypatch, 40)
+    outcome = settled(build("llama-tied"), pairs_of((9, 8, 7), (3, 4, 5), (4, 2, 6), (5, 5, 5)))
+    assert outcome.layout is Layout.PADDED
+    assert "out of memory" not in outcome.said[0]
+
+
+def test_a_pair_that_does_not_fit_alone_is_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows_that_do_not_fit(monkeypatch, 20)
+    with pytest.raises(torch.OutOfMemoryError):
+        settled(build("llama-tied"), pairs_of((9, 8, 7), (3, 4, 5)))
+
+
+def test_memory_that_runs_out_in_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(plain: Attention, arguments: dict[str, Any]) -> Output:
+        output = plain(**arguments)[0]
+        if output.requires_grad:
+            output.register_hook(raising_hook)
+        return output, None
+
+    def raising_hook(_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    altered(monkeypatch, hungry)
+    with pytest.raises(ResourceError, match="Out of memory while scoring shared was tried with gradients"):
+        settled(build("llama-tied"), training=True)
 
 
 def test_what_is_no_number_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -322,12 +385,13 @@ def test_the_routers_loss_wants_each_prompt_as_often_as_in_plain_rows() -> None:
 
 @dataclass(frozen=True)
 class WithAnother(Processes):
-    """A process beside one that finds fault with the first way."""
+    """A process beside one that says yes to the first questions."""
 
+    yes: int = 1
     answers: list[bool] = field(default_factory=list)
 
     def any(self, flag: bool) -> bool:
-        self.answers.append(flag or not self.answers)
+        self.answers.append(flag or len(self.answers) < self.yes)
         return self.answers[-1]
 
 
@@ -335,8 +399,16 @@ def test_all_processes_leave_a_way_that_one_of_them_refuses() -> None:
     processes = WithAnother(0, 1, torch.device("cpu"))
     outcome = settled(build("llama-tied"), processes=processes)
     assert outcome.layout is Layout.PACKED
-    assert processes.answers == [True, False, False]
+    fault, of_memory, *of_the_next_way = processes.answers
+    assert (fault, of_memory, of_the_next_way) == (True, False, [False, False])
     assert "shared: refused on another process" in outcome.said[0]
+
+
+def test_all_processes_make_the_trial_smaller_where_one_lacks_memory() -> None:
+    processes = WithAnother(0, 1, torch.device("cpu"), yes=2)
+    outcome = settled(build("llama-tied"), processes=processes)
+    assert (outcome.layout, outcome.said) == (Layout.SHARED, [])
+    assert processes.answers == [True, True, False, False]
 
 
 def test_a_second_check_compares_with_the_plain_layout_too(monkeypatch: pytest.MonkeyPatch) -> None:

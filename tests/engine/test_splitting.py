@@ -34,9 +34,9 @@ CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllo
 HOST = MemoryError()
 
 
-def short_of_memory(model: nn.Module, limit: int, error: BaseException) -> list[int]:
+def short_of_memory(model: nn.Module, limit: int, error: BaseException, sizes: list[int] | None = None) -> list[int]:
     """Lets every pass of more than `limit` tokens fail; gives the sizes of all passes."""
-    sizes: list[int] = []
+    sizes = [] if sizes is None else sizes
 
     def look(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         sizes.append(options["input_ids"].numel())
@@ -155,42 +155,62 @@ def test_tokens_of_a_pass_that_did_not_fit_are_not_counted(pairs: list[EncodedPa
 
 
 def precompute(out: Path, *more: object) -> int:
-    # Padded, a layout that needs no trial first.
-    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 24, "--out", out, "--scoring", "padded", *more)
+    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 24, "--out", out, *more)
     return run_command_line([str(word) for word in line])
 
 
-def test_precompute_goes_on_where_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = reference.load_model
+@pytest.fixture
+def loaded_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Lets every model that is loaded from now on lack memory; gives the sizes of all passes."""
 
-    def load(*arguments: Any) -> Any:
-        model = plain(*arguments)
-        short_of_memory(model, 700, GPU)
-        return model
+    def lack(limit: int) -> list[int]:
+        sizes: list[int] = []
+        plain = reference.load_model
 
-    assert precompute(tmp_path / "undisturbed", "--token-budget", 4000) == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(reference, "load_model", load)
-        assert precompute(tmp_path / "short", "--token-budget", 4000) == 0
+        def load(*arguments: Any) -> Any:
+            model = plain(*arguments)
+            short_of_memory(model, limit, GPU, sizes)
+            return model
+
+        monkeypatch.setattr(reference, "load_model", load)
+        return sizes
+
+    return lack
+
+
+@pytest.mark.parametrize("scoring", ["auto", "padded"])
+def test_precompute_and_verify_go_on_where_memory_runs_out(
+    scoring: str,
+    tmp_path: Path,
+    loaded_short_of_memory: Callable[[int], list[int]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In the trial before the first pass too."""
+    line = ("--token-budget", 4000, "--scoring", scoring)
+    assert precompute(tmp_path / "undisturbed", *line) == 0
+    sizes = loaded_short_of_memory(400)
+    assert precompute(tmp_path / "short", *line) == 0
     assert_same_values(pairs_in(tmp_path / "short"), pairs_in(tmp_path / "undisturbed"))
     splits = [
         json.loads((tmp_path / name / "summary.json").read_text())["scoring"]["passes_split"]
         for name in ("undisturbed", "short")
     ]
     assert splits[0] == 0 < splits[1]
+    said = capsys.readouterr().err
+    assert f"Memory ran out in {splits[1]} passes, made in two instead" in said
+    assert said.count("Memory ran out") == 1, "the undisturbed run does not say it"
+    sizes.clear()
+    assert precompute(tmp_path / "short", *line, "--verify", 24) == 0
+    assert "over 24 pairs" in capsys.readouterr().out
+    assert max(sizes) > 400
 
 
 def test_a_pair_too_large_ends_precompute_with_its_own_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, loaded_short_of_memory: Callable[[int], list[int]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plain = reference.load_model
-
-    def load(*arguments: Any) -> Any:
-        model = plain(*arguments)
-        short_of_memory(model, 20, GPU)
-        return model
-
-    monkeypatch.setattr(reference, "load_model", load)
+    loaded_short_of_memory(20)
     assert precompute(tmp_path / "out") == ExitCode.RESOURCES
-    assert "Out of memory: CUDA out of memory." in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "Out of memory: CUDA out of memory." in err
+    assert "Traceback" not in err
     assert not list((tmp_path / "out").glob("rows-*"))
