@@ -76,6 +76,8 @@ class RunDirectory:
         self._say, self._sleep = say, sleep
         self._lock: TextIO | None = None
         self._began = time.time()
+        self.started = time.monotonic()
+        """When this process began with the directory, by the clock of `time.monotonic`."""
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 

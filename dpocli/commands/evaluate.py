@@ -56,7 +56,9 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
         wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
         budget = token_budget(options.token_budget, device)
-        scorer = frozen_scorer(files, options, dtype, processes, budget, collision=wanted.collision)
+        scorer = frozen_scorer(
+            files, options, dtype, processes.team(options.shards), budget, collision=wanted.collision
+        )
 
         tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
         settle(scorer, tried, options.scoring, processes, terminal.say)

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,7 +28,7 @@ from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
 from dpocli.data.sources import Rows, open_rows
 from dpocli.engine.locate import load_tokenizer, locate_model
-from dpocli.engine.mesh import launched, pick_device
+from dpocli.engine.mesh import Processes, joined, launched, pick_device
 from dpocli.engine.model import dtype_name, environment, pick_dtype
 from dpocli.engine.stop import StopFlag
 from dpocli.errors import CacheError, DataError, PreemptedError
@@ -49,14 +49,16 @@ class Job:
     model: ModelFiles
     tokenizer: PreTrainedTokenizerBase
     rows: Rows
+    team: Processes
+    """Those that share one copy of the model with this one."""
 
     @classmethod
-    def of(cls, options: PrecomputeOptions, terminal: Terminal) -> "Job":
-        device = pick_device(options.device, options.launcher)
+    def of(cls, options: PrecomputeOptions, terminal: Terminal, everyone: Processes) -> "Job":
+        device = everyone.device
         dtype = pick_dtype(options.dtype, device)
         model = locate_model(options)
         tokenizer = load_tokenizer(model, options)
-        job = cls(options, terminal, device, dtype, model, tokenizer, open_rows(options))
+        job = cls(options, terminal, device, dtype, model, tokenizer, open_rows(options), everyone.team(options.shards))
         check_out(options.out, "precompute")
         return job
 
@@ -83,25 +85,31 @@ class Job:
         """Loads nothing yet."""
         reusable = Reusable.open(self.options.reuse, writer.fingerprint)
         say = self.terminal.say
-        return Reference(self.model, self.options, self.dtype, self.device, reusable, writer.inform, say)
+        return Reference(self.model, self.options, self.dtype, self.team, reusable, writer.inform, say)
 
     def missing(self, writer: CacheWriter, between: Callable[[], None] = lambda: None) -> list[Tile]:
         """The tiles that this worker has to make. `between` is called before each is looked at."""
         rank, num_ranks, _ = launched(self.options.launcher)
         worker, num_workers = self.options.worker
-        return writer.missing(worker + num_workers * rank, num_workers * num_ranks, between)
+        index, count = rank // self.team.count, num_ranks // self.team.count
+        mine = writer.missing(worker + num_workers * index, num_workers * count, between)
+        return self.team.from_first(mine)
 
 
 def run(options: PrecomputeOptions, terminal: Terminal) -> None:
     """Fills this worker's share of the cache, or only looks: at what that would take, or at what a finished one holds."""
-    job = Job.of(options, terminal)
-    if not (options.verify or options.dry_run):
-        return _fill(job)
-    try:
-        _verify(job) if options.verify else _estimate(job)
-    except BaseException as error:
-        mark_recorded(error)  # who only looks leaves no trace
-        raise
+    device = pick_device(options.device, options.launcher)
+    # Processes that do not share a model need not know of each other.
+    apart = nullcontext(Processes(0, 1, device))
+    with joined(device, options.launcher) if options.shards > 1 else apart as everyone:
+        job = Job.of(options, terminal, everyone)
+        if not (options.verify or options.dry_run):
+            return _fill(job)
+        try:
+            _verify(job) if options.verify else _estimate(job)
+        except BaseException as error:
+            mark_recorded(error)  # who only looks leaves no trace
+            raise
 
 
 def _fill(job: Job) -> None:
@@ -122,11 +130,14 @@ def _fill(job: Job) -> None:
         reference = job.reference(writer)
         out.write_config(options)
 
+        def asked_to_stop() -> bool:
+            return job.team.any(bool(stop) or out.stop_requested())
+
         def heed_stop() -> None:
-            if stop or out.stop_requested():
+            if asked_to_stop():
                 raise PreemptedError(_stopped(writer))
 
-        missing = job.missing(writer, heed_stop)
+        missing = job.missing(writer, heed_stop if job.team.count == 1 else lambda: None)
         if out.is_companion:
             # Others begin at the beginning; whoever starts elsewhere meets them late.
             start = random.randrange(max(len(missing), 1))
@@ -142,15 +153,19 @@ def _fill(job: Job) -> None:
             def go_on() -> None:
                 """The open tile is thrown away: what counts is that the node is left in time."""
                 parts.check()
-                if stop or out.stop_requested():
+                if asked_to_stop():
                     parts.wait()  # so that it is counted
-                heed_stop()
+                    raise PreemptedError(_stopped(writer))
 
-            still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
+            still_missing: Iterable[Tile] = missing
+            if job.team.count == 1:  # a team would have to agree on each
+                still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
             with closing(tiles.encode(still_missing)) as encoded:
                 for tile, pairs, skipped in encoded:
                     go_on()
-                    parts.write(tile, reference.complete(pairs, progress, go_on), skipped)
+                    complete = reference.complete(pairs, progress, go_on)
+                    if job.team.is_first:
+                        parts.write(tile, complete, skipped)
                     progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles) | reference.figures()
         if splits := reference.num_splits:

@@ -15,8 +15,9 @@ from dpocli.data.preference import EncodedPair
 from dpocli.engine import step0
 from dpocli.engine.exactness import PairsInMemory, sample, settle, window_of
 from dpocli.engine.mesh import Processes
-from dpocli.engine.model import environment, load_model
+from dpocli.engine.model import environment
 from dpocli.engine.passes import reference_logps, token_budget
+from dpocli.engine.sharding import frozen_scorer
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import CacheError
 from dpocli.objective.scoring import PairScorer
@@ -33,7 +34,7 @@ class Reference:
         files: of the model. It is not loaded before a pair has to be scored.
         options: of the command.
         dtype: of the forward pass.
-        device: to compute on.
+        team: the processes that share one copy of the model. They keep step: all go through every method together.
         reusable: old caches.
         inform: told how pairs are scored (information for the parts).
         say: told what the user should know.
@@ -44,13 +45,13 @@ class Reference:
         files: ModelFiles,
         options: PrecomputeOptions,
         dtype: torch.dtype,
-        device: torch.device,
+        team: Processes,
         reusable: Reusable,
         inform: Callable[[dict[str, str]], None],
         say: Callable[[str], None],
     ) -> None:
         self._files, self._options, self._dtype = files, options, dtype
-        self._alone = Processes(0, 1, device)
+        self._team = team
         self.reusable = reusable
         self._inform, self._say = inform, say
         self._longest_tried = 0
@@ -68,7 +69,7 @@ class Reference:
             todo = [known[place] for place in open_places]
             self._settle(todo)
             with self._throughput.clock():
-                scored = reference_logps(self._scorer, todo, progress, go_on)
+                scored = reference_logps(self._scorer, todo, progress, go_on, self._team)
             for place, pair in zip(open_places, scored, strict=True):
                 known[place] = pair
         return known
@@ -81,12 +82,13 @@ class Reference:
         """
         if not len(store):
             raise CacheError(f"--verify {count}: the cache {store.directory} holds no pair.")
-        positions = np.sort(np.random.default_rng().permutation(len(store))[:count])
+        positions = self._team.from_first(np.sort(np.random.default_rng().permutation(len(store))[:count]))
         differences: list[step0.Difference] = []
         for start in range(0, len(positions), VERIFIED_AT_ONCE):
             cached = store.load(positions[start : start + VERIFIED_AT_ONCE])
             self._settle(cached)
-            for before, now in zip(cached, reference_logps(self._scorer, cached, progress, lambda: None), strict=True):
+            scored = reference_logps(self._scorer, cached, progress, lambda: None, self._team)
+            for before, now in zip(cached, scored, strict=True):
                 assert now.reference
                 differences.append(step0.Difference.of(before, now.reference))
         found = step0.judge(differences, step0.TOLERANCE[self._dtype])
@@ -109,9 +111,8 @@ class Reference:
 
     @cached_property
     def _scorer(self) -> PairScorer:
-        device = self._alone.device
-        model = load_model(self._files, self._options, self._dtype, device)
-        return PairScorer(model, token_budget=token_budget(self._options.token_budget, device))
+        budget = token_budget(self._options.token_budget, self._team.device)
+        return frozen_scorer(self._files, self._options, self._dtype, self._team, budget)
 
     @cached_property
     def _throughput(self) -> Throughput:
@@ -125,6 +126,6 @@ class Reference:
         is_first_beyond = window and self._longest_tried <= window < longest
         if self._longest_tried and not (reaches_further or is_first_beyond):
             return
-        settle(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._alone, self._say)
+        settle(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._team, self._say)
         self._longest_tried = longest
-        self._inform(environment(self._alone.device, self._scorer))
+        self._inform(environment(self._team.device, self._scorer))

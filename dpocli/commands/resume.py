@@ -15,7 +15,7 @@ from dpocli.options import load_options
 
 NEUTRAL = frozenset(
     "out as_json device launcher shards cpu_offload scoring token_budget scratch data reference gradient_checkpointing step0_tolerance "  # noqa: SIM905
-    "log_every save_every keep_last track eval_every".split()
+    "max_minutes grace_seconds log_every save_every keep_last track eval_every".split()
 )
 """Options that cannot change a value of the run; and paths of pairs, whose contents the checkpoints remember."""
 

@@ -16,7 +16,7 @@ from dpocli.config.shared_options import (
     Panel,
     option,
 )
-from dpocli.config.training_options import AdapterOptions, OptimizerOptions
+from dpocli.config.training_options import AdapterOptions, OptimizerOptions, StoppingOptions
 from dpocli.errors import UsageError
 
 
@@ -56,7 +56,7 @@ class PrecomputeOptions(ModelOptions, DataOptions, Options):
         return int(index), int(count)
 
 
-class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, ModelOptions, DataOptions, Options):
+class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOptions, ModelOptions, DataOptions, Options):
     """Train a policy on the pairs of a reference cache."""
 
     reference: Path | None = option(

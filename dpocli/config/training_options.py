@@ -50,3 +50,14 @@ class AdapterOptions(BaseModel):
     lora_dropout: float = option(0.0, Panel.ADAPTER, "dropout before the adapter", ge=0, lt=1)
     lora_variant: Literal["lora", "rslora", "dora"] = option("lora", Panel.ADAPTER, "which of the family")
     merge: bool = option(False, Panel.ADAPTER, "also write the merged model, as OUT/merged")
+
+
+class StoppingOptions(BaseModel):
+    """When a run leaves its machines, and what it leaves there."""
+
+    max_minutes: float | None = option(
+        None, Panel.RUN, "save and stop (exit code 75) after this time; the same line goes on", gt=0
+    )
+    grace_seconds: float = option(
+        30.0, Panel.RUN, "time from a stop signal to the kill, to warn where saving takes longer", gt=0
+    )

@@ -1,5 +1,7 @@
 """The run of steps: held-out evaluations, log lines and checkpoints between them, and a stop where one is asked for."""
 
+import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,8 +39,26 @@ def run_steps(
         out.metrics.append(row)
         trackers.log(row)
 
+    deadline = out.started + 60 * (options.max_minutes or math.inf)
+    slowest_save = 0.0
+
     def asked_to_stop() -> bool:
-        return trainer.processes.any(bool(stop) or out.stop_requested())
+        return trainer.processes.any(bool(stop) or out.stop_requested() or time.monotonic() >= deadline)
+
+    def save(step: int) -> None:
+        nonlocal slowest_save
+        began = time.monotonic()
+        trainer.save(checkpoints, step)
+        seconds = time.monotonic() - began
+        if seconds > 2 * slowest_save:
+            slowest_save = seconds
+            terminal.say(f"Saving a checkpoint took {seconds:.1f} s.")
+            if seconds > options.grace_seconds:
+                terminal.warn(
+                    f"That is longer than the {options.grace_seconds:g} s between a stop signal and the kill (--grace-seconds): "
+                    "a run that is preempted then loses the steps since its last checkpoint. Raise the launcher's limit "
+                    "(torchrun --shutdown-timeout, SLURM's --signal=B:USR1@SECONDS) or save more often with --save-every."
+                )
 
     def is_due(step: int) -> bool:
         return held_out is not None and (step % eval_every == 0 or step == last)
@@ -73,7 +93,7 @@ def run_steps(
             out.update(step=step)
             stopping = asked_to_stop()
             if step == last or step % save_every == 0 or stopping:
-                trainer.save(checkpoints, step)
+                save(step)
             if stopping and (step < last or evaluated is None):
                 raise stopped(step)
 

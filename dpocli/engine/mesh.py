@@ -34,6 +34,8 @@ class Processes:
     device: torch.device
     group: dist.ProcessGroup | None = None
     """Which of all processes these are; None: all."""
+    team_mesh: DeviceMesh | None = None
+    """Of a `team`."""
 
     @property
     def is_first(self) -> bool:
@@ -81,12 +83,16 @@ class Processes:
         shape = (self.count // shards, shards)
         return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
-    def groups(self, size: int) -> "Processes":
-        """These processes in groups of `size`, each in step with itself alone: the group of this one."""
-        if self.count % size:
-            self.mesh(size)
-        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, self.count, size)]
-        return Processes(self.rank % size, size, self.device, groups[self.rank // size])
+    def team(self, size: int) -> "Processes":
+        """The processes that share one copy of a model with this one: it is with them alone that it keeps step.
+
+        Raises:
+            UsageError: the processes do not come out even.
+        """
+        if size == 1:
+            return Processes(0, 1, self.device)
+        mesh = self.mesh(size)["shard"]
+        return Processes(mesh.get_local_rank(), size, self.device, mesh.get_group(), mesh)
 
 
 Launcher = Literal["torchrun", "slurm"]

@@ -74,29 +74,54 @@ def reference_logps(
     pairs: Sequence[EncodedPair],
     progress: Progress,
     go_on: Callable[[], None],
+    team: Processes,
 ) -> list[EncodedPair]:
     """The same pairs, in the same order, with the log-probs that the scorer gives them.
 
-    A pass for which the memory is not enough is made in two. `go_on` is called before each pass, and may raise to stop.
+    A pass for which the memory is not enough is made in two, unless several processes keep step.
+
+    Args:
+        scorer: the model.
+        pairs: the same ones on every process of the team.
+        progress: told of the whole team's pairs.
+        go_on: called before each pass, and may raise to stop, on all of the team at once.
+        team: shares the passes.
     """
     passes: list[Pass] = []
-    for done in passes_that_fit(scorer, pairs, go_on):
+    for done in (
+        passes_that_fit(scorer, pairs, go_on) if team.count == 1 else passes_in_step(scorer, pairs, go_on, team)
+    ):
         members, batch, _ = done
         passes.append(done)
-        progress.update(pairs=len(members), tokens=batch.num_tokens)
-    scored: list[EncodedPair] = list(pairs)
+        progress.update(pairs=len(members) * team.count, tokens=batch.num_tokens * team.count)
+    found: list[tuple[int, ReferenceLogps]] = []
     # Fetched at the end, so that no pass waits for the one before it to leave the accelerator.
     for members, batch, tokens in passes:
         chosen = np.split(tokens.chosen.cpu().numpy(), np.cumsum(batch.chosen_lengths)[:-1])
         rejected = np.split(tokens.rejected.cpu().numpy(), np.cumsum(batch.rejected_lengths)[:-1])
-        for index, logps in zip(members, map(ReferenceLogps, chosen, rejected), strict=True):
-            scored[index] = replace(pairs[index], reference=logps)
+        found += zip(members, map(ReferenceLogps, chosen, rejected), strict=True)
+    scored: list[EncodedPair] = list(pairs)
+    for index, logps in team.gather(found):
+        scored[index] = replace(pairs[index], reference=logps)
     return scored
 
 
 def passes_of(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> list[list[int]]:
     """The indices of the pairs that go together through the scorer, as it is laid out."""
     return pack([scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs], scorer.packing)
+
+
+def passes_in_step(
+    scorer: PairScorer, pairs: Sequence[EncodedPair], go_on: Callable[[], None], team: Processes
+) -> Iterator[Pass]:
+    """This process's share of the pairs, scored without gradient in as many passes as any other of the team makes."""
+    sizes = [scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs]
+    for members in deal(sizes, team.count, scorer.packing)[team.rank]:
+        go_on()
+        with torch.no_grad():
+            outcome = score(scorer, [pairs[index] for index in members] or [FILLER])
+        if members:
+            yield members, *outcome
 
 
 def passes_that_fit(

@@ -18,7 +18,7 @@ from dpocli.engine import adapter as adapters
 from dpocli.engine.mesh import Processes
 from dpocli.engine.model import load_base, without_dropout
 from dpocli.engine.passes import token_budget
-from dpocli.engine.sharding import decoder_layers, fill, load_spread, shard
+from dpocli.engine.sharding import check_spreadable, decoder_layers, fill, load_spread, shard
 from dpocli.objective.scoring import PairScorer
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def load_policy(
     """
     adapter = None
     is_spread = options.shards > 1 or options.cpu_offload
+    if is_spread:
+        check_spreadable(files)
     if files.adapter or options.lora_rank:
         # The base is frozen, so it needs no float32 master of its own.
         model = load_base(files, options, dtype, torch.device("cpu") if is_spread else processes.device)

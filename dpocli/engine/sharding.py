@@ -41,12 +41,12 @@ def shard(
 
     Args:
         scorer: its parameters may be on the meta device; `fill` reads them afterwards.
-        mesh: two dimensions.
+        mesh: replicas and shards, or shards alone.
         dtype: of the forward pass.
         offload: keep the shards in the memory of the host between passes.
         ignored: parameters that stay whole on every process.
     """
-    has_shards = mesh.size(1) > 1
+    has_shards = mesh.size(-1) > 1
     inner = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     outer = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
     settings: dict[str, Any] = {
@@ -69,26 +69,26 @@ def frozen_scorer(
     files: ModelFiles,
     options: ModelOptions,
     dtype: torch.dtype,
-    processes: Processes,
+    team: Processes,
     budget: int,
     *,
     collision: bool = False,
 ) -> PairScorer:
-    """A scorer of a model that is not trained, spread over `--shards` processes.
-
-    Where there are several, all of them have to make the same number of passes.
+    """A scorer of a model that is not trained, spread over the processes of a team, which keep step: all of them make the
+    same number of passes.
 
     Raises:
         UsageError: the model cannot be loaded, or not spread.
     """
-    is_spread = options.shards > 1
-    model = (load_spread if is_spread else load_model)(files, options, dtype, processes.device)
-    scorer = PairScorer(model, collision=collision, token_budget=budget, device=processes.device)
-    scorer.requires_grad_(False)
+    is_spread = team.count > 1
+    model = (load_spread if is_spread else load_model)(files, options, dtype, team.device)
+    scorer = PairScorer(model, collision=collision, token_budget=budget, device=team.device)
     if is_spread:
-        shard(scorer, processes.mesh(options.shards), dtype=dtype)
+        assert team.team_mesh
+        scorer.requires_grad_(False)
+        shard(scorer, team.team_mesh, dtype=dtype)
         if scorer.is_blank:
-            fill(scorer, files, processes.device)
+            fill(scorer, files, team.device)
     return scorer
 
 
@@ -101,16 +101,21 @@ def load_spread(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, de
     Raises:
         UsageError: the model cannot be loaded.
     """
-    if files.quantization:
-        raise UsageError(
-            f"--quantization {files.quantization}: quantized weights cannot be spread over processes. Leave out --shards and "
-            "--cpu-offload; each process then has the quantized model."
-        )
+    check_spreadable(files)
     blank = None if files.adapter else blank_model(files, dtype)
     if blank is None:
         return load_model(files, options, dtype, torch.device("cpu"))
     compute_exactly(blank, device)
     return blank
+
+
+def check_spreadable(files: ModelFiles) -> None:
+    """Raises UsageError for quantized models."""
+    if files.quantization:
+        raise UsageError(
+            f"--quantization {files.quantization}: quantized weights cannot be spread over processes. Leave out --shards and "
+            "--cpu-offload; each process then has the quantized model."
+        )
 
 
 def blank_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel | None:

@@ -42,6 +42,7 @@ NEVER_IN_THE_FINGERPRINT = {
     "scratch": "a place",
     "shard": "who does it",
     "launcher": "who does it",
+    "shards": "who does it",
     "reuse": "values of the same reference are the same values",
     "verify": "looks only",
     "dry_run": "looks only",

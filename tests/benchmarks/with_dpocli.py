@@ -22,7 +22,7 @@ from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.engine import model as engine_model
 from dpocli.engine.global_batch import GlobalBatch
 from dpocli.engine.gradients import Gradients, Step
-from dpocli.engine.mesh import joined
+from dpocli.engine.mesh import Processes, joined
 from dpocli.engine.model import load_model
 from dpocli.engine.passes import reference_logps, token_budget
 from dpocli.engine.policy import Policy
@@ -36,6 +36,7 @@ from dpocli.objective.scoring import PairScorer
 from dpocli.progress import Nothing, Progress
 
 CPU = torch.device("cpu")
+ALONE = Processes(0, 1, CPU)
 UNLIMITED = 10**9
 """A token budget that puts all pairs into one pass."""
 
@@ -147,7 +148,7 @@ def encoded(pairs: list[Pair]) -> list[EncodedPair]:
 
 
 def _reference(scorer: PairScorer, pairs: list[EncodedPair]) -> list[EncodedPair]:
-    return reference_logps(scorer, pairs, Progress(Nothing(), None, "pairs", 0, time.monotonic), lambda: None)
+    return reference_logps(scorer, pairs, Progress(Nothing(), None, "pairs", 0, time.monotonic), lambda: None, ALONE)
 
 
 def _reading_seconds(cache: Path, count: int) -> float:

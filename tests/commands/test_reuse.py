@@ -79,7 +79,7 @@ def test_nothing_new_needs_no_model(
     data: Path, old: Path, tmp_path: Path, dpocli: Run, scored: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tiles, and rows in another order, are the same pairs."""
-    monkeypatch.setattr("dpocli.commands.reference.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("dpocli.engine.sharding.load_model", lambda *_: pytest.fail("the model was loaded"))
     turned = write_rows(tmp_path / "turned.jsonl", ROWS[OLD_ROWS - 1 :: -1])
     out = tmp_path / "new"
     result = dpocli(*PRECOMPUTE, "--data", turned, "--reuse", old, "--out", out, "--rows-per-part", 5, "--json")

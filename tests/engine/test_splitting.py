@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from dpocli.cli import run_command_line
-from dpocli.commands import reference
 from dpocli.data.batches import Layout
 from dpocli.data.preference import EncodedPair
+from dpocli.engine import sharding
+from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import reference_logps
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import ExitCode, PreemptedError
@@ -32,6 +33,7 @@ ENOUGH = 130
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory")
 HOST = MemoryError()
+ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def short_of_memory(model: nn.Module, limit: int, error: BaseException, sizes: list[int] | None = None) -> list[int]:
@@ -62,7 +64,7 @@ def scored(
     scorer: PairScorer, pairs: list[EncodedPair], go_on: Callable[[], None] = lambda: None
 ) -> tuple[list[EncodedPair], Progress]:
     with Terminal(rank=1).progress(len(pairs), "score") as progress:
-        return reference_logps(scorer, pairs, progress, go_on), progress
+        return reference_logps(scorer, pairs, progress, go_on, ALONE), progress
 
 
 @pytest.mark.parametrize("error", [GPU, CPU, HOST], ids=["on a GPU", "on a CPU", "of the host"])
@@ -165,14 +167,14 @@ def loaded_short_of_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], l
 
     def lack(limit: int) -> list[int]:
         sizes: list[int] = []
-        plain = reference.load_model
+        plain = sharding.load_model
 
         def load(*arguments: Any) -> Any:
             model = plain(*arguments)
             short_of_memory(model, limit, GPU, sizes)
             return model
 
-        monkeypatch.setattr(reference, "load_model", load)
+        monkeypatch.setattr(sharding, "load_model", load)
         return sizes
 
     return lack
