@@ -3,7 +3,9 @@
 import os
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MEMORY_BYTES = 256 << 20
 MAX_OPEN_PARTS = 64
+MAX_THREADS = 4
+"""That read parts at start."""
 
 _SAME_LINE = "Run the line that made it again: it writes what is missing or damaged and keeps the rest."
 
@@ -47,9 +51,18 @@ class PairStore:
     called from several threads. `PairStore.open` makes one.
     """
 
-    def __init__(self, directory: Path, footers: Sequence[PartFooter], columns: PairColumns, memory_bytes: int) -> None:
+    def __init__(self, directory: Path, parts: Iterable["_PartAtStart"], memory_bytes: int) -> None:
         self.directory = directory
-        self.columns = columns
+        self._digests: list[bytes] = []
+        footers: list[PartFooter] = []
+
+        def columns() -> Iterator[tuple[PairColumns, int]]:
+            for part in parts:
+                footers.append(part.footer)
+                self._digests.append(part.digest)
+                yield part.columns, part.footer.total_rows
+
+        self.columns = PairColumns.joined(columns())
         self.fingerprint = footers[0].fingerprint
         self.num_rows = footers[0].total_rows
         """Source rows, those that gave no pair included."""
@@ -61,9 +74,12 @@ class PairStore:
         """Sums over the pairs, as in `PartFooter`."""
         self._paths = [directory / footer.tile.file_name for footer in footers]
         self._part_starts = np.cumsum([0, *(footer.num_pairs for footer in footers)])
+        self._agreeing: list[set[int]] = [set() for _ in footers]
+        """Of each part, the row groups whose small columns, read under their digest, are those that were read at start."""
         self._parts: OrderedDict[int, OpenPart] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._memory_bytes = memory_bytes
+        self._used_bytes = 0
         self._lock = threading.Lock()
 
     @classmethod
@@ -87,11 +103,7 @@ class PairStore:
         Raises:
             CacheError: it is missing, something else, incomplete, damaged, mixed, or of a newer format.
         """
-        footers, columns = [], []
-        for part in _open_parts(directory, complete, first):
-            footers.append(part.footer)
-            columns.append(_read_columns(part))
-        return cls(directory, footers, PairColumns.joined(columns), memory_bytes)
+        return cls(directory, _parts_at_start(directory, complete, first), memory_bytes)
 
     def __len__(self) -> int:
         return len(self.columns.rows)
@@ -168,52 +180,78 @@ class PairStore:
             key = (part, group)
             if key not in self._groups:
                 self._groups[key] = self._read_group(part, group)
-                while (
-                    len(self._groups) > 1 and sum(kept.num_bytes for kept in self._groups.values()) > self._memory_bytes
-                ):
-                    self._groups.popitem(last=False)
+                self._used_bytes += self._groups[key].num_bytes
+                while len(self._groups) > 1 and self._used_bytes > self._memory_bytes:
+                    _, dropped = self._groups.popitem(last=False)
+                    self._used_bytes -= dropped.num_bytes
             self._groups.move_to_end(key)
             return self._groups[key]
 
     def _read_group(self, part: int, group: int) -> RowGroup:
-        table = self._part(part).read_group(group)
+        opened = self._part(part)
         start = int(self._part_starts[part]) + group * ROWS_PER_GROUP
-        if not self.columns.agree(start, PairColumns.of(table)):
-            raise DamagedPartError(self._paths[part], f"row group {group} is not what it was when the cache was opened")
-        return RowGroup(table, self._paths[part])
+        if group in self._agreeing[part]:
+            table = opened.read_group(group, opened.token_columns)
+        else:
+            table = opened.read_group(group)
+            if not self.columns.agree(start, PairColumns.of(table)):
+                raise DamagedPartError(opened.path, f"row group {group} is not what it was when the cache was opened")
+            self._agreeing[part].add(group)
+        return RowGroup(table, self.columns, start, opened.path)
 
     def _part(self, part: int) -> OpenPart:
         if part not in self._parts:
-            self._parts[part] = _open_known(self._paths[part])
+            opened = self._parts[part] = _open_known(self._paths[part])
+            if opened.digest != self._digests[part]:
+                self._digests[part] = opened.digest
+                self._agreeing[part].clear()
             if len(self._parts) > MAX_OPEN_PARTS:
                 self._parts.popitem(last=False)
         self._parts.move_to_end(part)
         return self._parts[part]
 
 
-def _read_columns(part: OpenPart) -> PairColumns:
-    columns = PairColumns.of(part.read_small_columns())
-    tile, rows = part.footer.tile, columns.rows
-    in_order = bool((np.diff(rows) > 0).all()) and (not rows.size or tile.start <= rows[0] <= rows[-1] < tile.stop)
-    if not in_order or len(rows) != part.footer.num_pairs:
-        raise DamagedPartError(part.path, "its rows are not those that its footer says")
-    return columns
+@dataclass(frozen=True, slots=True)
+class _PartAtStart:
+    """What is read of a part when a store is opened."""
+
+    path: Path
+    footer: PartFooter
+    digest: bytes
+    columns: PairColumns
+
+    @classmethod
+    def read(cls, path: Path) -> "_PartAtStart | None":
+        """None where there is no such part."""
+        try:
+            part = open_part(path)
+        except FileNotFoundError:
+            return None
+        columns = PairColumns.of(part.read_small_columns())
+        tile, rows = part.footer.tile, columns.rows
+        in_order = bool((np.diff(rows) > 0).all()) and (not rows.size or tile.start <= rows[0] <= rows[-1] < tile.stop)
+        if not in_order or len(rows) != part.footer.num_pairs:
+            raise DamagedPartError(path, "its rows are not those that its footer says")
+        return cls(path, part.footer, part.digest, columns)
 
 
-def _open_parts(directory: Path, complete: bool, first_name: str | None) -> Iterator[OpenPart]:
+def _parts_at_start(directory: Path, complete: bool, first_name: str | None) -> Iterator[_PartAtStart]:
     """All parts of a cache, in order."""
     names = [first_name] if first_name else _part_names(directory)
     first = _open_known(directory / names[0]).footer
     expected = tiles(first.total_rows, first.fingerprint.settings["rows_per_part"])
     missing = []
-    for tile in expected:
+    with ThreadPoolExecutor(max_workers=MAX_THREADS) as pool:
         try:
-            part = open_part(directory / tile.file_name)
-        except FileNotFoundError:
-            missing.append(tile.file_name)
-            continue
-        _check_membership(part, tile, names[0], first)
-        yield part
+            found = pool.map(_PartAtStart.read, (directory / tile.file_name for tile in expected))
+            for tile, part in zip(expected, found, strict=True):
+                if part is None:
+                    missing.append(tile.file_name)
+                else:
+                    _check_membership(part, tile, names[0], first)
+                    yield part
+        finally:
+            pool.shutdown(cancel_futures=True)
     if missing and complete:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CacheError(
@@ -233,7 +271,7 @@ def _open_known(path: Path) -> OpenPart:
         raise CacheError(f"The part {path} was there and is gone. {_SAME_LINE}") from None
 
 
-def _check_membership(part: OpenPart, tile: Tile, first_name: str, first: PartFooter) -> None:
+def _check_membership(part: _PartAtStart, tile: Tile, first_name: str, first: PartFooter) -> None:
     if part.footer.fingerprint.digest != first.fingerprint.digest:
         differences = "; ".join(compare(first.fingerprint, part.footer.fingerprint))
         raise CacheError(

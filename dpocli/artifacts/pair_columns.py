@@ -1,7 +1,8 @@
 """What is known of every pair of a cache without its tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,9 +50,36 @@ class PairColumns:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence["PairColumns"]) -> "PairColumns":
+    def joined(cls, parts: Iterable[tuple["PairColumns", int]]) -> "PairColumns":
+        """All parts, which are let go one by one, so that each pair is in memory once.
+
+        Args:
+            parts: at least one, each with a number that all pairs together do not exceed.
+        """
         names = [field.name for field in fields(cls)]
-        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
+        arrays: dict[str, NDArray[Any]] = {}
+        count = 0
+        for part, at_most in parts:
+            stop = count + len(part.rows)
+            for name in names:
+                values = getattr(part, name)
+                if name not in arrays:
+                    arrays[name] = np.empty((at_most, *values.shape[1:]), values.dtype)
+                arrays[name][count:stop] = values
+            count = stop
+        return cls(**{name: array[:count] for name, array in arrays.items()})
+
+    def of_pair(self, position: int) -> dict[str, Any]:
+        """The fields of an `EncodedPair` that stand here."""
+        return {
+            "row": int(self.rows[position]),
+            "pair_id": self.pair_ids[position].tobytes().hex(),
+            "source": self.sources[position],
+            "weight": float(self.weights[position]),
+            "num_turns": int(self.num_turns[position]),
+            "truncated": bool(self.truncated[position]),
+            "prompt_hash": int(self.prompt_hashes[position]),
+        }
 
     def agree(self, start: int, other: "PairColumns") -> bool:
         """Whether `other` holds what stands here from `start` on."""

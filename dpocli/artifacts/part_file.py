@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,9 +19,11 @@ from dpocli.artifacts.cache_format import (
     FORMAT_VERSION,
     SEAL_KEY,
     SMALL_COLUMNS,
+    TOKEN_COLUMNS,
     DamagedPartError,
     NewerFormatError,
     PartFooter,
+    kept_columns,
 )
 from dpocli.artifacts.files import file_error_in_words
 
@@ -35,16 +38,27 @@ class OpenPart:
 
     path: Path
     footer: PartFooter
+    digest: bytes
+    """Of the footer, in which those of the row groups stand: other content, another digest."""
     parquet: pq.ParquetFile
     _source: pa.NativeFile
     _group_digests: tuple[bytes, ...]
     _bounds: tuple[int, ...]
     """Of the row groups in the file, in bytes: see `_group_bounds`."""
 
+    @cached_property
+    def token_columns(self) -> list[str]:
+        """Those that are read whenever tokens are asked for, kept ones among them."""
+        return [*TOKEN_COLUMNS.names, *kept_columns(self.parquet.schema_arrow)]
+
     def read_small_columns(self) -> pa.Table:
         """The columns of SMALL_COLUMNS, guarded by the checksums of their pages."""
         with _damage_in_words(self.path):
-            return self.parquet.read(columns=SMALL_COLUMNS.names, use_threads=False)
+            # One read a row group instead of one a column: far away disks answer slowly.
+            together = pq.ParquetFile(
+                self._source, metadata=self.parquet.metadata, page_checksum_verification=True, pre_buffer=True
+            )
+            return together.read(columns=SMALL_COLUMNS.names, use_threads=False)
 
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         """All or some columns of a row group, guarded by its digest (page checksums leave the page headers open)."""
@@ -75,14 +89,14 @@ def open_part(path: Path) -> OpenPart:
     with _damage_in_words(path):
         source = pa.OSFile(str(path))
         footer, footer_start = _read_parquet_footer(source, path)
-        _check_footer(footer, path)
+        digest = _check_footer(footer, path)
         parquet = pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
         text, sealed = parquet.metadata.metadata[FOOTER_KEY], parquet.metadata.metadata[SEAL_KEY]
         if (version := json.loads(text)["format"]) > FORMAT_VERSION:
             raise NewerFormatError(path, version)
         bounds = _group_bounds(parquet.metadata, footer_start)
         digests = tuple(re.findall(rb".{32}", sealed.removeprefix(_SEAL_MARK)))[1:]
-        return OpenPart(path, PartFooter.from_json(text), parquet, source, digests, bounds)
+        return OpenPart(path, PartFooter.from_json(text), digest, parquet, source, digests, bounds)
 
 
 def blank_seal(num_groups: int) -> bytes:
@@ -119,13 +133,15 @@ def _read_parquet_footer(source: pa.NativeFile, path: Path) -> tuple[bytes, int]
     return source.read_at(size - 8 - start, start), start
 
 
-def _check_footer(footer: bytes, path: Path) -> None:
+def _check_footer(footer: bytes, path: Path) -> bytes:
+    """The digest that stands in it, which is right."""
     place = footer.rfind(_SEAL_MARK) + len(_SEAL_MARK)
     if place < len(_SEAL_MARK):
         raise DamagedPartError(path, "it carries no digests, so something else than dpocli wrote it")
     after = place + len(_BLANK_DIGEST)
     if _digest(footer[:place] + _BLANK_DIGEST + footer[after:]) != footer[place:after]:
         raise DamagedPartError(path, "its footer has changed")
+    return footer[place:after]
 
 
 def _group_bounds(metadata: pq.FileMetaData, footer_start: int) -> tuple[int, ...]:

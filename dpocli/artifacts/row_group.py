@@ -10,10 +10,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dpocli.artifacts.cache_format import TOKEN_COLUMNS, DamagedPartError, kept_columns
+from dpocli.artifacts.pair_columns import PairColumns
 from dpocli.data.encode import pair_id
 from dpocli.data.preference import EncodedPair, ReferenceLogps
-
-_PLAIN = ("row", "pair_id", "source", "weight", "num_turns", "truncated", "prompt_hash")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +40,34 @@ class Ragged:
 
 
 class RowGroup:
-    """A row group in memory."""
+    """A row group in memory.
 
-    def __init__(self, table: pa.Table, path: Path) -> None:
-        self._path = path
-        self._columns = {name: table[name].to_pylist() for name in _PLAIN}
-        self._kept = {name: (table[name].to_pylist(), is_json) for name, is_json in kept_columns(table.schema).items()}
+    Args:
+        table: its columns; the small ones are not looked at.
+        columns: the small columns of all pairs of the store.
+        start: the position of its first pair there.
+        path: of the part.
+    """
+
+    def __init__(self, table: pa.Table, columns: PairColumns, start: int, path: Path) -> None:
+        self._columns, self._start, self._path = columns, start, path
+        kept = kept_columns(table.schema)
+        self._kept = {name: (table[name].to_pylist(), is_json) for name, is_json in kept.items()}
         self._ragged = {name: Ragged.of(table[name]) for name in TOKEN_COLUMNS.names}
-        self.num_bytes = table.nbytes + sum(ragged.values.nbytes for ragged in self._ragged.values())
+        self.num_bytes = table.select([*TOKEN_COLUMNS.names, *kept]).nbytes
 
     def pair(self, row: int) -> EncodedPair:
         """The pair at a place of the group, its tokens checked against their hash."""
         tokens = {name: ragged[row] for name, ragged in self._ragged.items()}
         chosen_logps, rejected_logps = tokens.pop("ref_chosen_token_logps"), tokens.pop("ref_rejected_token_logps")
-        plain = {name: values[row] for name, values in self._columns.items()}
-        if pair_id(**tokens) != plain["pair_id"]:
+        known = self._columns.of_pair(self._start + row)
+        if pair_id(**tokens) != known["pair_id"]:
             raise DamagedPartError(
-                self._path, f"the tokens of row {plain['row']} do not have the hash that stands beside them"
+                self._path, f"the tokens of row {known['row']} do not have the hash that stands beside them"
             )
         kept = {name: _decode(values[row], is_json) for name, (values, is_json) in self._kept.items()}
         reference = None if chosen_logps is None else ReferenceLogps(chosen_logps, rejected_logps)
-        return EncodedPair(**plain, **tokens, kept=kept, reference=reference)
+        return EncodedPair(**known, **tokens, kept=kept, reference=reference)
 
 
 def _decode(value: Any, is_json: bool) -> Any:

@@ -15,6 +15,7 @@ MAX_ROWS = 20
 FAR = 8.0
 """Robust standard deviations from the median, beyond which a reference margin is extreme."""
 PAIRS_AT_ONCE = 4096
+_ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(0x165667B19E3779F9))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Triage:
 
 
 def triage(store: PairStore) -> Triage:
-    """Looks through a complete, scored cache. Reads the tokens of those pairs only that share a prompt with another."""
+    """Looks through a complete, scored cache. Reads the tokens of those pairs only that may contradict another."""
     columns = store.columns
     margin = columns.reference_chosen - columns.reference_rejected
     chosen, rejected = columns.chosen_tokens.astype(np.int64), columns.rejected_tokens.astype(np.int64)
@@ -112,9 +113,7 @@ def _repeated(columns: PairColumns) -> NDArray[np.int64]:
 
 def _contradictory(store: PairStore) -> NDArray[np.int64]:
     """Positions of pairs whose sides stand the other way round in another pair of the same prompt."""
-    hashes = store.columns.prompt_hashes
-    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
-    candidates = np.flatnonzero(counts[inverse] > 1)
+    candidates = _perhaps_contradictory(store.columns)
     seen: dict[tuple[int, ...], list[int]] = {}
     for start in range(0, len(candidates), PAIRS_AT_ONCE):
         positions = candidates[start : start + PAIRS_AT_ONCE]
@@ -127,3 +126,21 @@ def _contradictory(store: PairStore) -> NDArray[np.int64]:
         for position in positions
     ]
     return np.array(sorted(opposed), dtype=np.int64)
+
+
+def _perhaps_contradictory(columns: PairColumns) -> NDArray[np.int64]:
+    """Positions of pairs with a partner of the same prompt whose sides have as many tokens, the other way round."""
+
+    def keys(first: NDArray[np.int32], second: NDArray[np.int32]) -> NDArray[np.uint64]:
+        """Products that wrap: two kinds of pairs may share a key by chance, which costs a look at their tokens."""
+        mixed = columns.prompt_hashes.copy()
+        for counts, factor in zip((columns.prompt_tokens, first, second), _ODD, strict=True):
+            mixed += counts.astype(np.uint64) * factor
+        return mixed
+
+    chosen, rejected = columns.chosen_tokens, columns.rejected_tokens
+    own, opposite = keys(chosen, rejected), keys(rejected, chosen)
+    kinds, counts = np.unique(own, return_counts=True)
+    places = np.minimum(np.searchsorted(kinds, opposite), len(kinds) - 1)
+    is_alone = (own == opposite) & (counts[places] == 1)
+    return np.flatnonzero((kinds[places] == opposite) & ~is_alone)

@@ -95,9 +95,10 @@ def _scored(
     progress: Progress,
     go_on: Callable[[], None],
 ) -> Iterator[ScoredPairs]:
-    """This process's pairs, in pieces."""
+    """This process's pairs, in pieces of a window each: one a pass would weigh more than what it holds."""
     for start in range(0, len(store), PAIRS_AT_ONCE):
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
+        scored = []
         for positions, pairs in my_passes(view, np.arange(len(view)), scorer.packing, processes):
             go_on()
             with torch.no_grad():
@@ -106,7 +107,9 @@ def _scored(
                     continue
                 logps = pair_logps(tokens, batch, pairs, wanted)
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
-            yield ScoredPairs.of(start + positions, pairs, logps, wanted)
+            scored.append(ScoredPairs.of(start + positions, pairs, logps, wanted))
+        if scored:
+            yield ScoredPairs.joined(scored)
 
 
 def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: str) -> None:

@@ -42,6 +42,10 @@ class PairView:
     def __len__(self) -> int:
         return len(self.members)
 
+    def at(self, positions: NDArray[np.int64]) -> "PairView":
+        """The pairs at these positions of the view."""
+        return PairView(self.store, self.members[positions])
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of prompt + the longer side, shape (pairs,)."""
@@ -169,7 +173,7 @@ def my_passes(
     view: PairView, positions: NDArray[np.int64], packing: Packing, processes: Processes
 ) -> Iterator[tuple[NDArray[np.int64], list[EncodedPair]]]:
     """This process's micro-batches of `positions`, loaded. Empty ones are there to keep all processes in step."""
-    sizes = view.sizes(packing.layout)[positions].tolist()
+    sizes = view.at(positions).sizes(packing.layout).tolist()
     for members in deal(sizes, processes.count, packing)[processes.rank]:
         mine = positions[members]
         yield mine, view.load(mine) if members else []

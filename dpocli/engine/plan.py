@@ -70,8 +70,8 @@ def describe(
 def _passes_per_step(view: PairView, schedule: Schedule, count: int, packing: Packing) -> float:
     """Mean over a sample of the steps."""
     sample = np.unique(np.linspace(1, schedule.num_steps, num=min(8, schedule.num_steps), dtype=np.int64))
-    sizes = view.sizes(packing.layout)
-    passes = [len(deal(sizes[schedule.batch(int(step))].tolist(), count, packing)[0]) for step in sample]
+    batches = [view.at(schedule.batch(int(step))).sizes(packing.layout).tolist() for step in sample]
+    passes = [len(deal(sizes, count, packing)[0]) for sizes in batches]
     return float(np.mean(passes))
 
 

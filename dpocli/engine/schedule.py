@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,8 +46,14 @@ class Schedule:
     def batch(self, step: int) -> NDArray[np.int64]:
         """The pairs of step 1, 2, …: positions into the training pairs. The last batch of an epoch may be smaller."""
         epoch, place = divmod(step - 1, self.steps_per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_pairs)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
+        order = _order(self.seed, epoch, self.num_pairs)
+        return order[place * self.batch_size : (place + 1) * self.batch_size].copy()
+
+
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, num_pairs: int) -> NDArray[np.int64]:
+    """Kept for the steps of an epoch, and for the one that is read ahead: to shuffle a million pairs takes a while."""
+    return np.random.default_rng([seed, epoch]).permutation(num_pairs)
 
 
 def default_batch_size(num_pairs: int) -> int:

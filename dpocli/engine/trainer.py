@@ -84,7 +84,7 @@ class Trainer:
             raise self._not_finite(step, positions, output.losses)
         metrics |= self._update(step)
         self.loss_states = states
-        return StepOutcome(step, metrics, len(positions), int(self.view.num_tokens[positions].sum()))
+        return StepOutcome(step, metrics, len(positions), int(self.view.at(positions).num_tokens.sum()))
 
     def held_out(self, view: PairView, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """Metrics of the policy on pairs it does not learn from, under names that begin with `eval/`.
@@ -158,7 +158,7 @@ class Trainer:
         return current.result()
 
     def _weights(self, view: PairView, positions: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(view.weights[positions]).to(self.processes.device)
+        return torch.from_numpy(view.at(positions).weights).to(self.processes.device)
 
     def _update(self, step: int) -> dict[str, float]:
         parameters = [parameter for _, parameter in self.policy.masters]

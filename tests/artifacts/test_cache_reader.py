@@ -37,6 +37,17 @@ def parts(directory):
     return sorted(directory.glob("rows-*.parquet"))
 
 
+def flip_a_log_prob(part, group):
+    row_group = pq.read_metadata(part).row_group(group)
+    columns = {
+        row_group.column(place).path_in_schema: row_group.column(place) for place in range(row_group.num_columns)
+    }
+    column = columns["ref_chosen_token_logps.list.element"]
+    content = bytearray(part.read_bytes())
+    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
+    part.write_bytes(content)
+
+
 def test_the_frozen_cache_of_format_1_reads_for_ever():
     store = PairStore.open(FROZEN)
     expected = json.loads((FROZEN / "expected.json").read_text(encoding="utf-8"))
@@ -79,10 +90,10 @@ def test_any_order_with_repetitions_and_hardly_any_memory(made):
 
 
 def test_row_groups_are_kept_within_the_bound(made):
-    store = PairStore.open(made, memory_bytes=40_000)
+    store = PairStore.open(made, memory_bytes=25_000)
     store.load(range(len(store)))
     assert 1 < len(store._groups) < 6
-    assert sum(group.num_bytes for group in store._groups.values()) <= 40_000
+    assert sum(group.num_bytes for group in store._groups.values()) <= 25_000
 
 
 def test_many_parts_share_few_open_files(tmp_path, monkeypatch):
@@ -202,12 +213,7 @@ def test_a_flipped_byte_in_the_footer(directory):
 
 def test_a_flipped_byte_among_the_tokens_is_found_when_they_are_read(directory):
     part = parts(directory)[0]
-    metadata = pq.read_metadata(part)
-    names = [metadata.row_group(1).column(column).path_in_schema for column in range(metadata.num_columns)]
-    column = metadata.row_group(1).column(names.index("ref_chosen_token_logps.list.element"))
-    content = bytearray(part.read_bytes())
-    content[column.data_page_offset + column.total_compressed_size // 2] ^= 1
-    part.write_bytes(content)
+    flip_a_log_prob(part, group=1)
     store = PairStore.open(directory)
     store.load(range(64))
     with pytest.raises(CacheError, match=f"{part.name} .* row group 1 .* has changed"):
@@ -235,6 +241,42 @@ def test_a_part_that_changes_or_goes_while_it_is_used(directory, tmp_path):
     last.unlink()
     with pytest.raises(CacheError, match=f"{last.name} was there and is gone"):
         store.load([297])
+
+
+def test_a_byte_that_flips_after_its_row_group_was_read_once(directory):
+    store = PairStore.open(directory, memory_bytes=1)
+    store.load([0, 64])
+    part = parts(directory)[0]
+    flip_a_log_prob(part, group=0)
+    with pytest.raises(CacheError, match=f"{part.name} .* row group 0 .* has changed"):
+        store.load([0])
+
+
+def test_a_part_that_changes_after_its_row_groups_were_read_once(directory, tmp_path, monkeypatch):
+    monkeypatch.setattr(cache_reader, "MAX_OPEN_PARTS", 1)
+    store = PairStore.open(directory, memory_bytes=1)
+    part, _, last = parts(directory)
+    store.load([0, 64, 297])
+    fill(tmp_path / "other", 300, 130, skipped_rows=(8, 131))
+    shutil.copy(tmp_path / "other" / part.name, part)
+    with pytest.raises(CacheError, match="row group 0 is not what it was when the cache was opened"):
+        store.load([0])
+    shutil.copy(tmp_path / "other" / last.name, last)  # written anew, with what stood there
+    assert store.load([297])[0].row == 299
+
+
+def test_small_columns_are_read_once_from_each_row_group(made, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        cache_reader.PairColumns,
+        "of",
+        lambda table, of=cache_reader.PairColumns.of: read.append(len(table)) or of(table),
+    )
+    store = PairStore.open(made, memory_bytes=1)
+    read.clear()
+    expected = [describe(pair) for pair in store.load([0, 64, 140])]
+    assert [describe(pair) for pair in store.load([0, 64, 140])] == expected
+    assert read == [64, 64, 64]
 
 
 def test_a_part_of_another_run(directory, tmp_path):

@@ -14,6 +14,8 @@ from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipRea
 from dpocli.data.tokens import pair_id
 from tests.artifacts.frozen_cache_v1.make_frozen_cache import make_fingerprint
 
+load = PairStore.load
+
 
 def tokens(text):
     return np.array([*text.encode()], np.int32)
@@ -117,6 +119,28 @@ def test_contradictions_are_both_rows(looked_at, monkeypatch, pairs_at_once):
         ]
     )
     assert findings(result) == {"contradictions": (2, (1, 8))}
+
+
+def test_answers_of_one_length_contradict_each_other_but_not_themselves(looked_at):
+    result = looked_at([pair(0, "Tea?", "yes", "nay"), pair(1, "Cake?", "yes", "nay"), pair(3, "Tea?", "nay", "yes")])
+    assert findings(result) == {"contradictions": (2, (0, 3))}
+
+
+def test_tokens_are_read_only_where_lengths_allow_a_contradiction(looked_at, monkeypatch):
+    read = []
+    monkeypatch.setattr(PairStore, "load", lambda _, positions: read.extend(positions) or load(_, positions))
+    looked_at(
+        [
+            pair(0, "Tea?", "yes", "nay"),  # of one length, but nobody else is
+            pair(1, "Tea?", "yes", "no"),
+            pair(2, "Tea?", "yes", "so"),  # the same lengths, the same way round
+            pair(3, "Cake?", "certainly", "no"),
+            pair(4, "Cake?", "no", "by no means"),
+            pair(5, "Rain?", "oh", "heaven"),
+            pair(6, "Rain?", "sunday", "so"),  # these two could be
+        ]
+    )
+    assert read == [5, 6]
 
 
 def test_a_contradiction_counts_every_pair_that_takes_part(looked_at):

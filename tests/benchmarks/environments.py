@@ -19,6 +19,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 REQUIREMENTS = ROOT / "requirements.txt"
 RESULTS = HERE / "RESULTS.md"
+TITLE = "# Results of the benchmarks\n"
+LAST_HEADING = "## What is missed, and why"
 TRL_VERSION = "1.16.0"
 
 SUM_TOLERANCE = 0.01
@@ -113,5 +115,6 @@ def versions_line(found: Iterable[Mapping[str, str]]) -> str:
 
 
 def append_to_results(section: str) -> None:
-    with RESULTS.open("a") as file:
-        file.write(section if file.tell() else f"# Results of the benchmarks\n{section}")
+    """At the end, but before what is said about all of it."""
+    before, heading, last = (RESULTS.read_text() if RESULTS.exists() else TITLE).partition(LAST_HEADING)
+    RESULTS.write_text(f"{before.rstrip()}\n{section.rstrip()}\n" + (f"\n{heading}{last}" if heading else ""))

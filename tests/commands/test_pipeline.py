@@ -9,6 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpocli.artifacts.pair_table import ScoredPairs
+from dpocli.commands import evaluate
+from dpocli.engine.mesh import Processes
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, pictures, quiet
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "6", "--save-every", "2")
@@ -80,6 +83,27 @@ def test_evaluate_takes_the_models_loss_and_agrees_with_training(
     assert report["rewards/accuracies"] == pytest.approx((margins > 0).mean())
     assert report["rewards/margins_quantiles"]["0.5"] == pytest.approx(np.median(margins))
     assert sum(entry["pairs"] for entry in report["by_source"].values()) == 24
+
+
+def test_evaluate_keeps_one_piece_a_window_and_windows_change_nothing(
+    held_out_cache: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathered: list[int] = []
+
+    def gather(processes: Processes, parts: list[ScoredPairs]) -> list[ScoredPairs]:
+        gathered.append(len(parts))
+        return parts
+
+    monkeypatch.setattr(Processes, "gather", gather)
+    tables = []
+    for window in (4096, 5):
+        monkeypatch.setattr(evaluate, "PAIRS_AT_ONCE", window)
+        out = tmp_path / str(window)
+        line = ("evaluate", "--model", MODEL, "--reference", held_out_cache, "--out", out, "--token-budget", 16)
+        assert dpocli(*line).code == 0
+        tables.append(pq.read_table(out / "pairs.parquet"))
+    assert gathered == [1, 5]
+    assert tables[0] == tables[1]
 
 
 def test_the_reference_itself_ties_on_every_pair(held_out_cache: Path, tmp_path: Path, dpocli: Run) -> None:

@@ -24,6 +24,13 @@ def test_an_epoch_is_every_pair_once_and_the_last_batch_may_be_smaller() -> None
     assert not np.array_equal(np.concatenate(epochs[0]), np.concatenate(epochs[1]))
 
 
+def test_a_batch_is_the_callers_own() -> None:
+    schedule = Schedule.plan(options(batch_size=8), num_pairs=27, num_processes=1)
+    expected = schedule.batch(1).tolist()
+    schedule.batch(1)[:] = 0
+    assert schedule.batch(1).tolist() == expected
+
+
 def test_the_order_does_not_depend_on_the_number_of_processes() -> None:
     one, two = (Schedule.plan(options(batch_size=8), num_pairs=50, num_processes=count) for count in (1, 2))
     assert all(np.array_equal(one.batch(step), two.batch(step)) for step in range(1, one.num_steps + 1))
