@@ -122,8 +122,9 @@ def _fill(job: Job) -> None:
         reference = job.reference(writer)
         out.write_config(options)
 
-        def heed_stop() -> None:
+        def heed_stop(finish: Callable[[], None] = lambda: None) -> None:
             if stop or out.stop_requested():
+                finish()
                 raise PreemptedError(_stopped(writer))
 
         missing = job.missing(writer, heed_stop)
@@ -142,9 +143,7 @@ def _fill(job: Job) -> None:
             def go_on() -> None:
                 """The open tile is thrown away: what counts is that the node is left in time."""
                 parts.check()
-                if stop or out.stop_requested():
-                    parts.wait()  # so that it is counted
-                heed_stop()
+                heed_stop(parts.wait)  # so that the part before is counted
 
             still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
             with closing(tiles.encode(still_missing)) as encoded:
