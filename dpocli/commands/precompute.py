@@ -130,11 +130,9 @@ def _fill(job: Job) -> None:
         reference = job.reference(writer)
         out.write_config(options)
 
-        def asked_to_stop() -> bool:
-            return job.team.any(bool(stop) or out.stop_requested())
-
-        def heed_stop() -> None:
-            if asked_to_stop():
+        def heed_stop(finish: Callable[[], None] = lambda: None) -> None:
+            if job.team.any(bool(stop) or out.stop_requested()):
+                finish()
                 raise PreemptedError(_stopped(writer))
 
         missing = job.missing(writer, heed_stop if job.team.count == 1 else lambda: None)
@@ -153,9 +151,7 @@ def _fill(job: Job) -> None:
             def go_on() -> None:
                 """The open tile is thrown away: what counts is that the node is left in time."""
                 parts.check()
-                if asked_to_stop():
-                    parts.wait()  # so that it is counted
-                    raise PreemptedError(_stopped(writer))
+                heed_stop(parts.wait)  # so that the part before is counted
 
             still_missing: Iterable[Tile] = missing
             if job.team.count == 1:  # a team would have to agree on each

@@ -21,6 +21,7 @@ import pytest
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.files import ABANDONED_HERE_SECONDS
 from dpocli.artifacts.part_file import open_part
+from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.artifacts.status import StatusFile, is_alive
 from dpocli.commands.reference import Reference
 from dpocli.data.encode import Encoder
@@ -229,6 +230,19 @@ def test_sigterm_throws_the_open_tile_away_and_exits_75(
     written = parts_of(out)
     same_line(out)
     assert {name: parts_of(out)[name] for name in there} == written, "what was there is not done again"
+
+
+def test_the_part_that_is_being_written_is_counted_whenever_sigterm_comes(
+    tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the question whether to stop, as the second part is asked for and the first is being written."""
+    out, write = tmp_path / "ref", CacheWriter.write
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write", lambda *arguments: time.sleep(0.3) or write(*arguments))
+        on_call(patch, RunDirectory, "stop_requested", NUM_PARTS + 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = dpocli(*LINE, "--out", out)
+    assert part_names(out)
+    assert_refused(result, PREEMPTED, f"Stopped on request with {len(part_names(out))} of {NUM_PARTS} parts written")
 
 
 def test_sigterm_while_a_large_cache_is_looked_through(
