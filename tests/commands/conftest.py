@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dpocli.artifacts.plots import draw_curves
 from dpocli.cli import run_command_line
@@ -116,6 +117,16 @@ def held_out_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cache") / "ref-heldout"
     quiet("precompute", "--model", MODEL, "--data", HELD_OUT, "--limit", 24, "--out", out)
     return out
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint of one process, or of replicas."""
+    return {name: value for path in sorted(checkpoint.glob("*.safetensors")) for name, value in load_file(path).items()}
+
+
+def moments_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """What the optimizer remembers in it."""
+    return {name: value for name, value in tensors_of(checkpoint).items() if name.startswith("optimizer/")}
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:

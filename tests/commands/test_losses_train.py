@@ -18,7 +18,7 @@ from dpocli.commands import evaluate
 from dpocli.config.loss_choice import LossChoice
 from dpocli.engine import passes
 from dpocli.engine.trainer import StepOutcome, Trainer
-from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet, start
+from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, moments_of, quiet, start
 from tests.commands.test_two_processes import TORCHRUN
 
 ALL_OF_THEM = "aot+aot_unpaired+beta_dpo(beta_dpo_alpha=0.1)+2*bco_pair(beta=0.1)+sft"
@@ -85,7 +85,7 @@ def provenance_of(run: Path) -> dict[str, Any]:
 
 def gradients_of(run: Path) -> dict[str, torch.Tensor]:
     """AdamW's first moment after the last step: a sum over the gradients of all steps."""
-    moments = load_file(max((run / "checkpoints").iterdir()) / "optimizer.safetensors")
+    moments = moments_of(max((run / "checkpoints").iterdir()))
     return {name: moment for name, moment in moments.items() if name.endswith("exp_avg")}
 
 
