@@ -43,7 +43,11 @@ def run_steps(
     slowest_save = 0.0
 
     def asked_to_stop() -> bool:
-        return trainer.processes.any(bool(stop) or out.stop_requested() or time.monotonic() >= deadline)
+        return trainer.processes.any(bool(stop) or out.stop_requested())
+
+    def time_is_up() -> bool:
+        # Asked after a step, so that every turn makes one, however short its time is.
+        return trainer.processes.any(time.monotonic() >= deadline)
 
     def save(step: int) -> None:
         nonlocal slowest_save
@@ -91,7 +95,7 @@ def run_steps(
                 log(row | (evaluated or {}))
             _show(progress, outcome)
             out.update(step=step)
-            stopping = asked_to_stop()
+            stopping = asked_to_stop() or time_is_up()
             if step == last or step % save_every == 0 or stopping:
                 save(step)
             if stopping and (step < last or evaluated is None):

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -18,24 +18,37 @@ _FORKED.set_forkserver_preload(["tests.commands.warmed_up"])
 PATIENCE = 300
 
 
-def on_processes(count: int, *line: object) -> None:
+Environment = Callable[[int, int, int], dict[str, str]]
+"""Of a process, from its rank, the number of processes and a port that is free."""
+
+
+def torchrun(rank: int, count: int, port: int) -> dict[str, str]:
+    """As torchrun and accelerate set it."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in numbers.items()}
+
+
+def srun(rank: int, count: int, port: int) -> dict[str, str]:
+    """As srun sets it for the tasks of a step, in a job whose script chose the port."""
+    numbers = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": count, "MASTER_PORT": port}
+    return {"SLURM_STEP_NODELIST": "localhost"} | {name: str(number) for name, number in numbers.items()}
+
+
+def on_processes(count: int, *line: object, launcher: Environment = torchrun) -> None:
     """Runs a command line on `count` processes, all of which must end well."""
-    codes, said = ended(count, *line)
+    codes, said = ended(count, *line, launcher=launcher)
     assert codes == [0] * count, said
 
 
-def ended(count: int, *line: object) -> tuple[list[int | None], str]:
+def ended(count: int, *line: object, launcher: Environment = torchrun) -> tuple[list[int | None], str]:
     """The exit code of each process, and what all of them said."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         logs = [Path(directory) / str(rank) for rank in range(count)]
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        words = [str(word) for word in line]
         processes = [
-            _FORKED.Process(
-                target=_work,
-                args=([str(word) for word in line], logs[rank], meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
-            )
+            _FORKED.Process(target=_work, args=(words, logs[rank], launcher(rank, count, port)))
             for rank in range(count)
         ]
         probe.close()

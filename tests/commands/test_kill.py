@@ -1,6 +1,9 @@
 """Kill any command anywhere: the same line goes on from there, and nothing of the result tells that it was killed."""
 
 import json
+import os
+import random
+import shutil
 import signal
 import subprocess
 import time
@@ -10,12 +13,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from dpocli.artifacts.metrics_log import MetricsLog
 from dpocli.artifacts.run_dir import RunDirectory
-from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, moments_of, quiet, start, start_held, tensors_of
+from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet, start, start_held, tensors_of
+from tests.commands.warm_workers import Tally, Worker
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "12", "--save-every", "3")
 
@@ -79,12 +82,10 @@ def test_train_killed_in_the_middle_ends_with_the_same_bits(
     assert json.loads((killed / "status.json").read_text())["state"] == "running"
     result = dpocli(*line, "--out", killed)
     assert result.code == 0, result.err
-    first, second = (load_file(out / "model" / "model.safetensors") for out in (killed, undisturbed))
-    assert all(first[name].tobytes() == second[name].tobytes() for name in second)
     assert metrics_of(killed) == metrics_of(undisturbed)
-    moments, undisturbed_moments = (moments_of(out / "checkpoints" / "step-12") for out in (killed, undisturbed))
-    assert all(torch.equal(moments[name], undisturbed_moments[name]) for name in undisturbed_moments)
-    assert len(moments) * 4 == 3 * len(tensors_of(killed / "checkpoints" / "step-12"))
+    assert_same_bits(killed, undisturbed)
+    checkpoint = tensors_of(killed / "checkpoints" / "step-12")
+    assert 4 * sum(name.startswith("optimizer/") for name in checkpoint) == 3 * len(checkpoint)
     assert not list((killed / "checkpoints").glob(".*"))
 
 
@@ -155,3 +156,70 @@ def test_a_stop_at_any_moment_leaves_no_gap_and_no_repeat(
     assert metrics_of(stopped) == metrics_of(undisturbed)
     first, second = (load_file(out / "model" / "model.safetensors") for out in (stopped, undisturbed))
     assert all(first[name].tobytes() == second[name].tobytes() for name in second)
+
+
+def test_a_run_whose_time_is_up_saves_and_goes_on(
+    train_line: tuple[object, ...], undisturbed: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    """Each turn makes at least one step, however short its time is; the result is that of a run without turns."""
+    out, turns = tmp_path / "run", 0
+    while (result := dpocli(*train_line, "--max-minutes", "1e-6", "--out", out)).code == 75:
+        turns += 1
+        assert_saved_since(out, turns)
+    assert result.code == 0, result.err
+    assert turns == 11
+    assert metrics_of(out) == metrics_of(undisturbed)
+    assert_same_bits(out, undisturbed)
+
+
+def test_a_checkpoint_that_takes_longer_than_the_grace_is_told(
+    train_line: tuple[object, ...], tmp_path: Path, dpocli: Run
+) -> None:
+    result = dpocli(*train_line, "--max-steps", 1, "--grace-seconds", "1e-6", "--out", tmp_path / "run")
+    assert "Saving a checkpoint took" in result.err
+    assert "--shutdown-timeout" in result.err
+
+
+def assert_saved_since(out: Path, step: int) -> None:
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("preempted", 75, step)
+
+
+def assert_same_bits(run: Path, other: Path) -> None:
+    for read in (
+        lambda out: load_file(out / "model" / "model.safetensors"),
+        lambda out: {name: value.numpy() for name, value in tensors_of(out / "checkpoints" / "step-12").items()},
+    ):
+        first, second = read(run), read(other)
+        assert first.keys() == second.keys()
+        assert all(first[name].tobytes() == second[name].tobytes() for name in second)
+
+
+@pytest.mark.slow
+def test_many_kills_leave_no_trace(train_line: tuple[object, ...], undisturbed: Path, tmp_path: Path) -> None:
+    """kill -9 at random instants (DPOCLI_TEST_KILLS of them, 20 unless told): in steps, evaluations, checkpoints, the end."""
+    wanted = int(os.environ.get("DPOCLI_TEST_KILLS", "20"))
+    generator, kills, rounds = random.Random(0), 0, 0
+    while kills < wanted:
+        out, rounds = tmp_path / f"run-{rounds}", rounds + 1
+        code, turn = None, 0
+        while code != 0:
+            worker = Worker.start(
+                (*train_line, "--save-every", 1, "--out", out), tmp_path / "log", Tally(tmp_path / "tally")
+            )
+            began, seen = time.monotonic(), steps_done(out)
+            # From the first step on every instant is as likely; a run that is never let to a step would never end.
+            while worker.is_alive and steps_done(out) <= seen and time.monotonic() < began + 300:
+                time.sleep(0.005)
+            time.sleep(generator.random() * 0.4)
+            turn += 1
+            code = worker.end(signal.SIGKILL)
+            kills += code == -signal.SIGKILL
+            assert code in (0, -signal.SIGKILL), (tmp_path / "log").read_text()[-3000:]
+            assert turn < 100
+        assert metrics_of(out) == metrics_of(undisturbed)
+        assert_same_bits(out, undisturbed)
+        shutil.rmtree(out)
+    print(
+        f"{kills} kills in {rounds} runs of 12 steps: metrics, weights and moments bit by bit those of an undisturbed run"
+    )

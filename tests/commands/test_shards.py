@@ -14,7 +14,7 @@ from dpocli.artifacts.model_files import ModelFiles
 from dpocli.engine import sharding
 from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet
-from tests.commands.ranks import ended, on_processes
+from tests.commands.ranks import ended, on_processes, srun
 from tests.tiny_models import build
 
 LINE = ("--batch-size", 8, "--learning-rate", "1e-3", "--eval-fraction", 0.2, "--eval-every", 2)
@@ -138,6 +138,12 @@ def test_an_adapter_over_shards(cache: Path, tmp_path: Path) -> None:
     assert len(rows) == len(others) > 3
     for row, other in zip(rows[1:], others[1:], strict=True):
         assert other["loss"] == pytest.approx(row["loss"], rel=1e-4)
+
+
+def test_tasks_of_srun_find_each_other(alone: Path, cache: Path, tmp_path: Path) -> None:
+    line = ("train", "--model", MODEL, "--reference", cache, *LINE, "--max-steps", 6, "--out", tmp_path / "run")
+    on_processes(2, *line, "--launcher", "slurm", launcher=srun)
+    assert_same_run(alone, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpocli.engine.mesh import launched, pick_device
+from dpocli.engine.mesh import first_host, launched, pick_device
 from dpocli.errors import UsageError
 from dpocli.terminal import Terminal, rank_from_environment
 
@@ -97,3 +97,11 @@ def test_only_the_first_task_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         )
         terminal.error("why it ends")
         assert capsys.readouterr().err == ("error: " if number == "0" else "error (rank 5): ") + "why it ends\n"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[007-012,020],login1", "gpu007"), ("node-3", "node-3"), ("a1,b2", "a1"), ("rack[2]", "rack2"), ("", "")],
+)
+def test_the_first_node_of_a_step(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
