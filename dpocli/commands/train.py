@@ -24,6 +24,7 @@ from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.loop import run_steps
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import environment, pick_dtype, source_dtype
+from dpocli.engine.optimizers import make_optimizer
 from dpocli.engine.passes import PairView
 from dpocli.engine.plan import describe
 from dpocli.engine.policy import Policy, load_policy
@@ -31,7 +32,7 @@ from dpocli.engine.saved_model import Provenance, merge, save_adapter, save_mode
 from dpocli.engine.schedule import Schedule, learning_rates
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers, check_trackers
-from dpocli.engine.trainer import Trainer, adamw
+from dpocli.engine.trainer import Trainer
 from dpocli.errors import NumericsError, UsageError
 from dpocli.terminal import Printer, Terminal
 
@@ -73,7 +74,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
         describe(terminal, options, loss, policy, training, held_out, schedule, dtype)
         trainer = Trainer(
             policy,
-            adamw(policy, options),
+            make_optimizer(policy, options),
             learning_rates(options, schedule.num_steps),
             training,
             schedule,

@@ -185,14 +185,3 @@ class Trainer:
             f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
             "--dtype float32."
         )
-
-
-def adamw(policy: Policy, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over every parameter that is trained, in float32."""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in policy.masters],
-        lr=options.learning_rate or 0.0,  # set at every step
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )
