@@ -81,6 +81,7 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
             loss,
             options,
             processes,
+            terminal.say,
         )
         stack.callback(trainer.close)
         done = trainer.restore(checkpoints := options.out / "checkpoints")
