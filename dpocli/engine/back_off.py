@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from dpocli.data.batches import Layout
-from dpocli.data.preference import EncodedPair
 from dpocli.engine.gradients import Pass
+from dpocli.engine.passes import size_of_pass
 from dpocli.engine.policy import Policy
 from dpocli.errors import ResourceError
 
@@ -49,13 +48,13 @@ class BackOff:
                 has left and cannot come back to.
         """
         layout = self._policy.scorer.packing.layout
-        largest = max(_size(layout, pairs) for _, pairs in passes)
+        largest = max(size_of_pass(layout, pairs) for _, pairs in passes)
         smaller = max(SMALLEST, min(self.budget, largest) // 2)
         found = f"Step {step}: out of memory in a pass of at most {min(self.budget, largest):,} tokens ({shortage})"
         if all(len(pairs) <= 1 for _, pairs in passes):
-            pair = max((pair for _, pairs in passes for pair in pairs), key=lambda pair: _size(layout, [pair]))
+            pair = max((pair for _, pairs in passes for pair in pairs), key=lambda pair: size_of_pass(layout, [pair]))
             raise ResourceError(
-                f"{found}, which holds a single pair; the longest is that of source row {pair.row}, {_size(layout, [pair]):,} tokens. "
+                f"{found}, which holds a single pair; the longest is that of source row {pair.row}, {size_of_pass(layout, [pair]):,} tokens. "
                 "Give --gradient-checkpointing, or a cache with a smaller --max-length; the same command line then goes on from the "
                 "last checkpoint."
             )
@@ -64,7 +63,7 @@ class BackOff:
                 f"{found}. Several processes cannot go back in the middle of a step. Give --token-budget {smaller}: the same "
                 "command line then goes on from the last checkpoint."
             )
-        if not _throw_away_gradients(self._policy):
+        if not throw_away_gradients(self._policy):
             raise ResourceError(
                 f"{found}, and this torch cannot go back in the middle of a step (2.13 can). Give --token-budget {smaller}: the "
                 "same command line then goes on from the last checkpoint."
@@ -98,14 +97,8 @@ class BackOff:
         scorer.packing = replace(scorer.packing, token_budget=tokens)
 
 
-def _size(layout: Layout, pairs: Sequence[EncodedPair]) -> int:
-    """Tokens that go through the model, padding included."""
-    sizes = [layout.size(*map(len, pair.all_ids)) for pair in pairs]
-    return max(sizes, default=0) * len(sizes) if layout.pads else sum(sizes)
-
-
-def _throw_away_gradients(policy: Policy) -> bool:
-    """As if the step had not begun; False where torch has no way back from an error in the middle of a pass."""
+def throw_away_gradients(policy: Policy) -> bool:
+    """As if a step had not begun; False where torch has no way back from an error in the middle of a pass."""
     reset = getattr(policy.scorer, "reset_iter_state", None)
     if reset is None:
         return False
