@@ -13,7 +13,8 @@ from torch import nn
 
 from dpocli.engine.gradients import Gradients, Step
 from dpocli.engine.trainer import Trainer
-from tests.commands.conftest import MODEL, Run, metrics_of
+from tests.commands.conftest import MODEL, Run, metrics_of, start
+from tests.commands.test_two_processes import TORCHRUN
 
 ERRORS = {
     "on a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -240,3 +241,19 @@ def test_several_processes_are_told_the_line_to_use(
     result = train("run", "--token-budget", BUDGET)
     assert (result.code, len(failed)) == (7, 1)
     assert re.search(rf"Several processes cannot go back .* Give --token-budget {failed[0] // 2}: the same", result.err)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_that_is_short_of_memory_ends_both(cache: Path, tmp_path: Path) -> None:
+    """And soon: who is left alone in an exchange does not wait for ever."""
+    launcher = (*TORCHRUN[:-1], "tests.commands.short_of_memory_worker")
+    out = tmp_path / "run"
+    process = start(
+        "train", "--model", MODEL, "--reference", cache, "--out", out, "--batch-size", 20, "--scoring", "padded",
+        launcher=launcher,
+    )  # fmt: skip
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1, err  # torchrun's
+    assert "Several processes cannot go back in the middle of a step. Give --token-budget" in err
+    status = json.loads((out / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 7), err
