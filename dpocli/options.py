@@ -36,6 +36,9 @@ COMMANDS: Mapping[str, type[Options]] = {
     "evaluate": EvaluateOptions,
 }
 
+RECIPES = Path(__file__).parent / "recipes"
+"""Published settings that come with the package: `--config recipes/NAME.yaml`."""
+
 COMMAND_LINE_ONLY = "as_json"
 """How a result is printed says nothing about how it came about, so it does not stand in `config.yaml`."""
 
@@ -125,7 +128,14 @@ def options_of(model: type[Options]) -> list[Option]:
 def signature_of(model: type[Options]) -> inspect.Signature:
     """What Typer needs to know: a keyword-only parameter per option, and `config`. Absent flags arrive as None."""
     parameters = [
-        _parameter("config", str, "--config", "PATH", "YAML file with options; flags override it", Panel.MAIN)
+        _parameter(
+            "config",
+            str,
+            "--config",
+            "PATH",
+            "YAML file with options, or recipes/NAME.yaml of the package; flags override it",
+            Panel.MAIN,
+        )
     ]
     for option in options_of(model):
         kind = bool if option.is_switch else list[str] if option.is_list else str
@@ -160,7 +170,7 @@ def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) ->
         if (value := flags.get(option.field)) not in (None, [])
     }
     if (config := flags.get("config")) is not None:
-        entries = _read_yaml(Path(str(config)), model) | entries
+        entries = _read_yaml(_config_file(str(config)), model) | entries
     for entry in entries.values():
         if entry.value == "" or (isinstance(entry.value, list) and "" in entry.value):
             raise UsageError(f"{entry.place}: the value is empty (a shell variable that is not set?).")
@@ -220,6 +230,18 @@ def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
         if value is not None:
             entries[options[key].field] = _Entry(options[key], value, place)
     return entries
+
+
+def _config_file(given: str) -> Path:
+    """The file of `--config`: one that is there, else a recipe of the package."""
+    path = Path(given)
+    if path.parent != Path("recipes") or path.exists():
+        return path
+    recipe = RECIPES / path.name
+    if not recipe.is_file():
+        names = ", ".join(sorted(f"recipes/{file.name}" for file in RECIPES.glob("*.yaml")))
+        raise UsageError(f"--config {given}: there is neither such a file nor such a recipe. There are {names}.")
+    return recipe
 
 
 def _parse_yaml(path: Path) -> yaml.Node | None:

@@ -80,6 +80,12 @@ def test_paths_with_commas_stay_whole():
         ({"epochs": "1", "max_steps": "2"}, "--max-steps: the length of the run is set by --epochs or by --max-steps"),
         ({"reference": "r", "limit": "3"}, "--limit: has no effect here"),
         ({"revision": ""}, "--revision: the value is empty"),
+        (
+            {"optimizer": "rmsprop", "adam_beta2": "0.99"},
+            "--adam-beta2: a setting of AdamW, and --optimizer is rmsprop",
+        ),
+        ({"optimizer": "rmsprop", "weight_decay": "0.1"}, "--weight-decay: a setting of AdamW"),
+        ({"warmup_steps": "9", "warmup_ratio": "0.2"}, "--warmup-steps: warm-up is set by --warmup-ratio or by"),
     ],
 )
 def test_an_impossible_value_is_told_with_its_flag(flags, expected):
@@ -123,7 +129,10 @@ def test_an_impossible_shard(shard):
         ("model: m\nout: o\nmodel_dropout: perhaps\n", "c.yaml:3: model_dropout perhaps: must be true or false."),
         ("model: m\nout: o\nmax_steps: 1\nepochs: 2\n", "c.yaml:3: max_steps: the length of the run"),
         ("model: m\nout: o\nrevision: ''\n", "c.yaml:3: revision: the value is empty"),
-        ("warmup_steps: 10\n", "c.yaml:1: warmup_steps: this is a name from another tool. Here, --warmup-ratio"),
+        (
+            "num_warmup_steps: 10\n",
+            "c.yaml:1: num_warmup_steps: this is a name from another tool. Here, use --warmup-steps",
+        ),
         ("shard: 0/2\n", "c.yaml:1: shard: this is no option of this command; it belongs to precompute."),
         ("as_json: true\n", "c.yaml:1: as_json: there is no such option"),
     ],

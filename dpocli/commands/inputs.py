@@ -128,6 +128,7 @@ def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str |
         value = "reference/" if option.field == "out" else values.get(option.field)
         if option.field not in options.model_fields_set or option.field in (
             "as_json",
+            "dry_run",
             "scratch",
             "scoring",
             "token_budget",

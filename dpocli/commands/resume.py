@@ -15,7 +15,7 @@ from dpocli.options import load_options
 
 NEUTRAL = frozenset(
     "out as_json device launcher shards cpu_offload scoring token_budget scratch data reference gradient_checkpointing step0_tolerance "  # noqa: SIM905
-    "max_minutes grace_seconds log_every save_every keep_last track eval_every".split()
+    "max_minutes grace_seconds log_every save_every keep_last track eval_every dry_run".split()
 )
 """Options that cannot change a value of the run; and paths of pairs, whose contents the checkpoints remember."""
 
@@ -54,7 +54,8 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
     What is gone since is not asked for: a cache may be deleted when all is done.
     """
     found = []
-    weights = model.identity(HashMemory(options.out / HASH_MEMORY_NAME)).weights_digest
+    memory = HashMemory(None if options.dry_run else options.out / HASH_MEMORY_NAME)
+    weights = model.identity(memory).weights_digest
     if weights != summary.get("policy_weights"):
         found.append(f"the weights of --model {options.model}")
     if options.reference and options.reference.is_dir():

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
 from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.artifacts.status import mark_recorded
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
 from dpocli.config.loss_choice import LossChoice
@@ -22,22 +25,33 @@ from dpocli.engine import step0
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.loop import run_steps
+from dpocli.engine.memory import Device, set_token_budget
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import environment, pick_dtype, source_dtype
+from dpocli.engine.optimizers import make_optimizer
 from dpocli.engine.passes import PairView
-from dpocli.engine.plan import describe
+from dpocli.engine.plan import Plan
 from dpocli.engine.policy import Policy, load_policy
 from dpocli.engine.saved_model import Provenance, merge, save_adapter, save_model
 from dpocli.engine.schedule import Schedule, learning_rates
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers, check_trackers
-from dpocli.engine.trainer import Trainer, adamw
+from dpocli.engine.trainer import Trainer
 from dpocli.errors import NumericsError, UsageError
 from dpocli.terminal import Printer, Terminal
 
 
 def run(options: TrainOptions, terminal: Terminal) -> None:
-    """Trains, or goes on where the same line stopped, or says that there is nothing left to do."""
+    """Trains, or goes on where the same line stopped, or says that there is nothing left to do; or only plans it."""
+    try:
+        _run(options, terminal)
+    except BaseException as error:
+        if options.dry_run:
+            mark_recorded(error)  # who only looks leaves no trace
+        raise
+
+
+def _run(options: TrainOptions, terminal: Terminal) -> None:
     loss = options.loss_choice()
     check_inputs(options, [loss])
     device = pick_device(options.device, options.launcher)
@@ -52,9 +66,15 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
     inputs = Inputs.open(options, [loss], tokenizer, terminal)
     with ExitStack() as stack:
         processes = stack.enter_context(joined(device, options.launcher, even_alone=True))
-        out = stack.enter_context(RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say))
+        out = RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say)
+        scratch = options.scratch or options.out
+        if options.dry_run:
+            own = Path(stack.enter_context(TemporaryDirectory(dir=options.scratch)))
+            scratch = processes.from_first(own)
+        else:
+            stack.enter_context(out)
         stop = stack.enter_context(StopFlag())
-        store = inputs.pairs(options.scratch or options.out, processes, terminal)
+        store = inputs.pairs(scratch, processes, terminal)
         training, held_out = split_pairs(options, store, inputs.held_out)
         check_weights(loss, [view for view in (training, held_out) if view])
         dtype = _training_dtype(options, store, device)
@@ -70,16 +90,24 @@ def run(options: TrainOptions, terminal: Terminal) -> None:
                 policy.gradient_of,
                 dropout=options.model_dropout,
             )
-        describe(terminal, options, loss, policy, training, held_out, schedule, dtype)
+        set_token_budget(policy, training, options, Device.of(device))
+        optimizer = make_optimizer(policy, options)
+        plan = Plan.of(options, loss, policy, training, held_out, schedule, dtype)
+        if options.dry_run:
+            terminal.result(plan.to_json(), plan.render)
+            processes.wait()  # until all have read what the first one is about to clear away
+            return
+        plan.tell(terminal)
         trainer = Trainer(
             policy,
-            adamw(policy, options),
+            optimizer,
             learning_rates(options, schedule.num_steps),
             training,
             schedule,
             loss,
             options,
             processes,
+            terminal.say,
         )
         stack.callback(trainer.close)
         done = trainer.restore(checkpoints := options.out / "checkpoints")

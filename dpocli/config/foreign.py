@@ -11,7 +11,7 @@ _BATCH_SIZE = (
     "gradient_accumulation_steps and by the number of processes. How a batch is cut up for memory is --token-budget"
 )
 _MEMORY = "passes are cut by tokens, not by pairs, and change no value: see --token-budget"
-_WARMUP = "--warmup-ratio is a share of the steps: divide the number of warm-up steps by the number of steps"
+_WARMUP = "use --warmup-steps (or --warmup-ratio, a share of the steps)"
 _DTYPE = "use --dtype bfloat16, --dtype float16 or --dtype float32 (float32 master weights are kept in any case)"
 _NO_AUTOCAST = "autocast is never used; " + _DTYPE
 _MODEL = "use --model (a local directory or a hub id)"
@@ -35,7 +35,10 @@ _ALPHA = (
 )
 _AUTOMATIC = "there is nothing to set: checkpoints are found and a run goes on when the same line is given again"
 _SKIP = "leave it out: "
-_ADAM_ONLY = "the optimizer is AdamW: leave it out (--adam-beta1, --adam-beta2 and --adam-epsilon are its settings)"
+_OPTIMIZER = (
+    "use --optimizer adamw, --optimizer adamw-8bit or --optimizer rmsprop (--adam-beta1, --adam-beta2 and --adam-epsilon are "
+    "settings of the first two)"
+)
 
 FOREIGN_OPTIONS: Mapping[str, str] = {
     # model
@@ -152,16 +155,14 @@ FOREIGN_OPTIONS: Mapping[str, str] = {
     "max_epochs": "use --epochs",
     "max_train_steps": "use --max-steps",
     "train_steps": "use --max-steps",
-    "warmup_steps": _WARMUP,
     "num_warmup_steps": _WARMUP,
     "lr_warmup_steps": _WARMUP,
     "lr_warmup_ratio": "use --warmup-ratio",
     "lr_scheduler": _SCHEDULE,
     "lr_scheduler_type": _SCHEDULE,
     "lr_scheduler_kwargs": _SCHEDULE,
-    "optim": _ADAM_ONLY,
-    "optimizer": _ADAM_ONLY,
-    "optim_args": _ADAM_ONLY,
+    "optim": _OPTIMIZER,
+    "optim_args": _OPTIMIZER,
     "adam_beta_1": "use --adam-beta1",
     "adam_beta_2": "use --adam-beta2",
     "max_norm": "use --max-grad-norm",

@@ -87,6 +87,7 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOption
     save_every: int | None = option(None, Panel.RUN, "steps between checkpoints (default: a tenth of the run)", ge=1)
     keep_last: int = option(2, Panel.RUN, "checkpoints to keep", ge=1)
     track: CommaList = option([], Panel.RUN, "also log to: tensorboard, wandb (extras)")
+    dry_run: bool = option(False, Panel.RUN, "tell pairs, steps, micro-batches, parameters and memory; write nothing")
 
     def for_model(self, *, is_adapter: bool) -> Self:
         """These options once it is known what `--model` is: an adapter's directory also stands for its base.

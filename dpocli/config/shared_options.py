@@ -70,7 +70,7 @@ class Options(BaseModel):
     token_budget: int | None = option(
         None,
         Panel.RUN,
-        "tokens per forward pass: memory and speed, never values (default: 1024 on CPU, 16384 on CUDA)",
+        "tokens per forward pass: memory and speed, never values (default: 1024 on CPU; on CUDA 16384, and in train what fits)",
         ge=16,
     )
 

@@ -1,8 +1,8 @@
 """Options of training alone: the optimizer, and adapters."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from dpocli.config.shared_options import CommaList, Panel, option
 
@@ -10,8 +10,13 @@ from dpocli.config.shared_options import CommaList, Panel, option
 class OptimizerOptions(BaseModel):
     """How the policy moves, and how far."""
 
+    optimizer: Literal["adamw", "adamw-8bit", "rmsprop"] = option(
+        "adamw",
+        Panel.OPTIMIZER,
+        "AdamW; with moments of 8 bits (needs dpocli[quantization]); or RMSprop, as the original DPO code",
+    )
     learning_rate: float | None = option(
-        None, Panel.OPTIMIZER, "peak learning rate of AdamW (default: 5e-7; 5e-6 for adapters)", gt=0
+        None, Panel.OPTIMIZER, "peak learning rate (default: 5e-7; 5e-6 for adapters)", gt=0
     )
     batch_size: int | None = option(
         None,
@@ -27,12 +32,25 @@ class OptimizerOptions(BaseModel):
     warmup_ratio: float = option(
         0.1, Panel.OPTIMIZER, "share of the steps in which the learning rate rises", ge=0, lt=1
     )
+    warmup_steps: int | None = option(
+        None, Panel.OPTIMIZER, "steps in which the learning rate rises, instead of --warmup-ratio", ge=0
+    )
     weight_decay: float = option(0.0, Panel.OPTIMIZER, "weight decay of AdamW", ge=0)
     adam_beta1: float = option(0.9, Panel.OPTIMIZER, "AdamW: decay of the first moment", ge=0, lt=1)
     adam_beta2: float = option(0.999, Panel.OPTIMIZER, "AdamW: decay of the second moment", ge=0, lt=1)
     adam_epsilon: float = option(1e-8, Panel.OPTIMIZER, "AdamW: term in the denominator", gt=0)
     max_grad_norm: float = option(1.0, Panel.OPTIMIZER, "gradients are scaled down to this norm (0: never)", ge=0)
     seed: int = option(0, Panel.OPTIMIZER, "order of the data and everything random", ge=0)
+
+    @model_validator(mode="after")
+    def _nothing_idle(self) -> Self:
+        fields = type(self).model_fields
+        for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
+            if self.optimizer == "rmsprop" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name}: a setting of AdamW, and --optimizer is rmsprop; leave it out")
+        if self.warmup_steps is not None and self.warmup_ratio != fields["warmup_ratio"].default:
+            raise ValueError("warmup_steps: warm-up is set by --warmup-ratio or by --warmup-steps, not both")
+        return self
 
 
 class AdapterOptions(BaseModel):

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
 from dpocli.engine.mesh import Processes
@@ -74,7 +75,7 @@ def save(
         raise _not_written(error, final) from error
     processes.wait()
     if processes.is_first:
-        facts = {"format": FORMAT_VERSION, "step": step, "moments": _kinds(policy, optimizer)} | state
+        facts = {"format": FORMAT_VERSION, "step": step} | state
         (temporary / "state.json").write_text(json.dumps(facts, indent=2))
         sync_file(temporary / "state.json")
         sync_directory(temporary)
@@ -95,10 +96,14 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
         state: dict[str, Any] = json.loads((path / "state.json").read_text())
         if state["format"] != FORMAT_VERSION:
             raise ValueError(f"it has format {state['format']}, and this dpocli reads format {FORMAT_VERSION}")
+        reader = HuggingFaceStorageReader(str(path))
+        moments = _room_for_moments(policy, optimizer, reader)
+        tensors = {f"optimizer/{name}/{key}": room for name, found in moments.items() for key, room in found.items()}
         with torch.no_grad():
-            _make_room(policy, optimizer, state["moments"])
-            tensors = _weights(policy) | _moments(policy, optimizer)
-            state_dict_loader.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)))
+            state_dict_loader.load(_weights(policy) | tensors, storage_reader=reader)
+            for name, parameter in policy.masters:
+                for key, value in moments[name].items():
+                    optimizer.state[parameter][key] = value
     except (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(
             f"The checkpoint {path} cannot be read ({_first_line(error)}). Remove that directory: the same command "
@@ -126,24 +131,25 @@ def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     }
 
 
-def _kinds(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What an optimizer remembers of a parameter: tensors like the parameter, and counts."""
-    _, parameter = policy.masters[0]
-    return {key: _kind(value, parameter) for key, value in sorted(optimizer.state[parameter].items())}
-
-
-def _kind(value: Tensor, parameter: nn.Parameter) -> str:
-    return "like the parameter" if value.shape == parameter.shape else f"{value.dtype}".removeprefix("torch.")
-
-
-def _make_room(policy: Policy, optimizer: torch.optim.Optimizer, kinds: dict[str, str]) -> None:
-    """The moments that a new optimizer does not have yet."""
-    for _, parameter in policy.masters:
-        for key, kind in kinds.items():
-            if kind == "like the parameter":
-                optimizer.state[parameter][key] = torch.zeros_like(parameter)
-            else:
-                optimizer.state[parameter][key] = torch.zeros((), dtype=getattr(torch, kind))
+def _room_for_moments(
+    policy: Policy, optimizer: torch.optim.Optimizer, reader: HuggingFaceStorageReader
+) -> dict[str, dict[str, Tensor]]:
+    """What a checkpoint holds of the optimizer, by parameter, as empty tensors: spread like the parameter, or whole."""
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    parameters = dict(policy.masters)
+    room: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
+    for entry, facts in reader.read_metadata().state_dict_metadata.items():
+        kind, _, rest = entry.partition("/")
+        name, _, key = rest.rpartition("/")
+        if kind != "optimizer":
+            continue
+        assert isinstance(facts, TensorStorageMetadata)
+        parameter, dtype = parameters[name], facts.properties.dtype
+        if facts.size == parameter.shape:
+            room[name][key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            room[name][key] = torch.zeros(facts.size, dtype=dtype, device=parameter.device if on_device else None)
+    return room
 
 
 def _not_written(error: BaseException, path: Path) -> BaseException:

@@ -179,6 +179,12 @@ def my_passes(
         yield mine, view.load(mine) if members else []
 
 
+def size_of_pass(layout: Layout, pairs: Sequence[EncodedPair]) -> int:
+    """Tokens that go through the model for these pairs together, padding included."""
+    sizes = [layout.size(*map(len, pair.all_ids)) for pair in pairs]
+    return max(sizes, default=0) * len(sizes) if layout.pads else sum(sizes)
+
+
 def score(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, TokenLogps]:
     """The scorer's output for `pairs`, on its device, and the batch that it belongs to, on the CPU.
 

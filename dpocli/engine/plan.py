@@ -1,4 +1,8 @@
-"""The plan that is printed before the first step: what will be done, and what it will take."""
+"""The plan: what a training will do, and what it will take. Printed before the first step, and by `--dry-run`."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -7,64 +11,133 @@ from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.data.batches import Packing, deal
 from dpocli.engine.model import dtype_name
+from dpocli.engine.optimizers import state_bytes
 from dpocli.engine.passes import PairView
 from dpocli.engine.policy import Policy
-from dpocli.engine.schedule import Schedule
-from dpocli.terminal import Terminal
+from dpocli.engine.schedule import DEFAULT_BATCH_SIZE, Schedule, warmup_steps
+from dpocli.terminal import Printer, Terminal
 
-MASTER_GRADIENT_AND_MOMENTS = 4 * 4
-"""Bytes a parameter in float32: master weight, gradient, and AdamW's two moments."""
+MASTER_AND_GRADIENT = 2 * 4
+"""Bytes a trained parameter in float32: master weight and gradient."""
 
 
-def describe(
-    terminal: Terminal,
-    options: TrainOptions,
-    loss: LossChoice,
-    policy: Policy,
-    training: PairView,
-    held_out: PairView | None,
-    schedule: Schedule,
-    dtype: torch.dtype,
-) -> None:
-    """Prints pairs, tokens, steps, micro-batches, parameters, expected memory and the loss."""
-    packing = policy.scorer.packing
-    passes = _passes_per_step(training, schedule, policy.processes.count, packing)
-    lengths = training.num_tokens
-    count = policy.processes.count
-    rows: list[list[object]] = [
-        ["loss", str(loss)],
-        ["pairs", f"{len(training):,} to train on" + (f", {len(held_out):,} held out" if held_out else "")],
-        ["tokens", f"{int(lengths.sum()):,} an epoch, {float(lengths.mean()):,.0f} a pair"],
-        [
-            "steps",
-            f"{schedule.num_steps:,} of {schedule.batch_size} pairs "
-            f"({schedule.num_steps / schedule.steps_per_epoch:.3g} epochs)",
-        ],
-        [
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The figures of a plan."""
+
+    loss: str
+    is_whole_batch: bool
+    """Whether the loss of a pair depends on the others of its batch."""
+    pairs: int
+    held_out_pairs: int
+    tokens: int
+    """Of an epoch, each prompt once."""
+    steps: int
+    batch_size: int
+    batch_size_is_given: bool
+    epochs: float
+    passes_per_step: float
+    """Micro-batches of a step on one process, on average."""
+    token_budget: int
+    scoring: str
+    processes: int
+    optimizer: str
+    learning_rate: float
+    lr_schedule: str
+    warmup_steps: int
+    parameters: int
+    """Trainable ones."""
+    dtype: str
+    bytes: int
+    """Expected memory of each process."""
+
+    @classmethod
+    def of(
+        cls,
+        options: TrainOptions,
+        loss: LossChoice,
+        policy: Policy,
+        training: PairView,
+        held_out: PairView | None,
+        schedule: Schedule,
+        dtype: torch.dtype,
+    ) -> "Plan":
+        packing, count = policy.scorer.packing, policy.processes.count
+        assert options.learning_rate
+        return cls(
+            loss=str(loss),
+            is_whole_batch=loss.is_whole_batch,
+            pairs=len(training),
+            held_out_pairs=len(held_out) if held_out else 0,
+            tokens=int(training.num_tokens.sum()),
+            steps=schedule.num_steps,
+            batch_size=schedule.batch_size,
+            batch_size_is_given=options.batch_size is not None,
+            epochs=schedule.num_steps / schedule.steps_per_epoch,
+            passes_per_step=_passes_per_step(training, schedule, count, packing),
+            token_budget=packing.token_budget,
+            scoring=str(packing.layout),
+            processes=count,
+            optimizer=options.optimizer,
+            learning_rate=options.learning_rate,
+            lr_schedule=options.lr_schedule,
+            warmup_steps=warmup_steps(options, schedule.num_steps),
+            parameters=policy.num_parameters(),
+            dtype=dtype_name(dtype),
+            bytes=int(_expected_bytes(policy, dtype, options)),
+        )
+
+    def tell(self, terminal: Terminal) -> None:
+        """Shows it on the way to the first step, with what is worth a word."""
+        terminal.table("Plan", ["", ""], list(self._rows()))
+        for notice in self._notices():
+            terminal.say(notice)
+
+    def render(self, printer: Printer) -> None:
+        """Shows it as a result."""
+        printer.table("Plan (dry run: nothing was written)", ["", ""], list(self._rows()))
+        for notice in self._notices():
+            printer.say(notice)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        yield "loss", self.loss
+        if self.is_whole_batch:
+            twice = self.passes_per_step > 1 or self.processes > 1
+            cost = (
+                "each is scored twice a step: about a third more compute"
+                if twice
+                else "which fit one pass: no extra cost"
+            )
+            yield "whole batch", f"the loss of a pair depends on all {self.batch_size} pairs of its batch; {cost}"
+        held_out = f", {self.held_out_pairs:,} held out" if self.held_out_pairs else ""
+        yield "pairs", f"{self.pairs:,} to train on{held_out}"
+        yield "tokens", f"{self.tokens:,} an epoch, {self.tokens / self.pairs:,.0f} a pair"
+        yield "steps", f"{self.steps:,} of {self.batch_size} pairs ({self.epochs:.3g} epochs)"
+        yield (
             "micro-batches",
-            f"{passes:.1f} a step and process, of at most {packing.token_budget:,} tokens, {packing.layout}",
-        ],
-        ["learning rate", f"{options.learning_rate:g}, {options.lr_schedule}, warm-up {options.warmup_ratio:g}"],
-        ["parameters", f"{policy.num_parameters():,} trainable, computing in {dtype_name(dtype)}"],
-        [
-            "memory",
-            f"about {_expected_bytes(policy, dtype, options) / 2**30:.1f} GiB on each of {count} process(es)",
-        ],
-    ]
-    if loss.is_whole_batch:
-        twice = passes > 1 or count > 1
-        cost = (
-            "each is scored twice a step: about a third more compute" if twice else "which fit one pass: no extra cost"
+            f"{self.passes_per_step:.1f} a step and process, of at most {self.token_budget:,} tokens, {self.scoring}",
         )
-        rows.insert(
-            1, ["whole batch", f"the loss of a pair depends on all {schedule.batch_size} pairs of its batch; {cost}"]
+        yield (
+            "learning rate",
+            f"{self.learning_rate:g} of {self.optimizer}, {self.lr_schedule}, {self.warmup_steps:,} steps of warm-up",
         )
-    terminal.table("Plan", ["", ""], rows)
-    if options.batch_size is None and schedule.batch_size < 128:
-        terminal.say(
-            f"Batch size {schedule.batch_size}: a tenth of the {len(training):,} pairs, so that there are several steps "
-            "(--batch-size sets it)."
-        )
+        yield "parameters", f"{self.parameters:,} trainable, computing in {self.dtype}"
+        yield "memory", f"about {self.bytes / 2**30:.1f} GiB on each of {self.processes} process(es)"
+
+    def _notices(self) -> Iterator[str]:
+        if not self.batch_size_is_given and self.batch_size < DEFAULT_BATCH_SIZE:
+            yield (
+                f"Batch size {self.batch_size}: a tenth of the {self.pairs:,} pairs, so that there are several steps "
+                "(--batch-size sets it)."
+            )
+        if self.warmup_steps > self.steps:
+            yield (
+                f"The warm-up of {self.warmup_steps:,} steps is longer than the run of {self.steps:,}: the learning rate never "
+                "comes to its peak (--warmup-steps sets it)."
+            )
 
 
 def _passes_per_step(view: PairView, schedule: Schedule, count: int, packing: Packing) -> float:
@@ -79,7 +152,7 @@ def _expected_bytes(policy: Policy, dtype: torch.dtype, options: TrainOptions) -
     """A rule of thumb: what every parameter carries, and what a micro-batch leaves behind for the backward pass."""
     config = policy.scorer.model.config.get_text_config()
     compute_copy = dtype.itemsize
-    parameters = policy.num_parameters() * (MASTER_GRADIENT_AND_MOMENTS + compute_copy)
+    parameters = policy.num_parameters() * (MASTER_AND_GRADIENT + compute_copy) + state_bytes(policy, options)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     kept = hidden if options.gradient_checkpointing else 8 * hidden + 4 * inner

@@ -67,9 +67,14 @@ def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], flo
     Those are 0 at their first and last point; the steps are laid between the two, so that no batch is wasted.
     """
     throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
-    warmup = math.ceil(options.warmup_ratio * num_steps)
+    warmup = warmup_steps(options, num_steps)
     name = "constant_with_warmup" if options.lr_schedule == "constant" else options.lr_schedule
     factor = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
     assert options.learning_rate
     peak = options.learning_rate
     return lambda step: peak * float(factor.lr_lambdas[0](step))
+
+
+def warmup_steps(options: TrainOptions, num_steps: int) -> int:
+    """Steps in which the learning rate rises; more than `num_steps` where it never comes to its peak."""
+    return math.ceil(options.warmup_ratio * num_steps) if options.warmup_steps is None else options.warmup_steps

@@ -10,9 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import checkpoint
+from dpocli.engine.back_off import BackOff
 from dpocli.engine.global_batch import GlobalBatch
 from dpocli.engine.gradients import Gradients, Pass, Step
 from dpocli.engine.mesh import Processes
@@ -20,9 +22,9 @@ from dpocli.engine.passes import FILLER, PairView, my_passes, score
 from dpocli.engine.policy import Policy
 from dpocli.engine.schedule import Schedule
 from dpocli.engine.throughput import Throughput
-from dpocli.errors import NumericsError, UsageError
+from dpocli.errors import NumericsError, UsageError, in_words
 from dpocli.objective import losses
-from dpocli.objective.logps import Wanted, pair_logps
+from dpocli.objective.logps import PairLogps, Wanted, pair_logps
 from dpocli.objective.metrics import pair_metrics
 
 
@@ -49,6 +51,7 @@ class Trainer:
         loss: LossChoice,
         options: TrainOptions,
         processes: Processes,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.policy = policy
         self.optimizer = optimizer
@@ -63,6 +66,7 @@ class Trainer:
         wanted = Wanted.by(loss.needs, has_reference=view.store.has_reference)
         self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
         self.throughput = Throughput(policy.scorer, backward=True)
+        self._back_off = BackOff(policy, options.token_budget, say)
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[list[Pass]]] = {}
 
@@ -71,13 +75,12 @@ class Trainer:
 
         Raises:
             NumericsError: a loss or the gradient is not finite; the weights are still those of the step before.
+            ResourceError: memory ran out, and smaller passes do not help or cannot be made.
         """
         positions = self.schedule.batch(step)
-        batch = GlobalBatch(positions, self._gradients.wanted, self.processes)
         weights = self._weights(self.view, positions)
-        passes = self._passes(step)
         with self.throughput.clock():
-            logps, states = self._gradients.accumulate(Step(step, passes, batch, weights), self.loss_states)
+            logps, states = self._accumulate(step, positions, weights)
             output = losses.compute(self.loss, logps, states)
             metrics = pair_metrics(output, logps, weights)
         if not np.isfinite(metrics["loss"]):
@@ -118,6 +121,7 @@ class Trainer:
             "pairs": self.view.store.fingerprint.digest,
             "num_pairs": len(self.view),
             "loss_states": {name: dict(values) for name, values in self.loss_states.items()},
+            "token_budget": self._back_off.state(),
         }
         checkpoint.save(checkpoints, step, self.policy, self.optimizer, state, self.options.keep_last, self.processes)
 
@@ -140,10 +144,28 @@ class Trainer:
                 "--out, or the pairs that the run began with."
             )
         self.loss_states = state.get("loss_states", {})
+        self._back_off.restore(state.get("token_budget"))
         return step
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
+
+    def _accumulate(self, step: int, positions: NDArray[np.int64], weights: Tensor) -> tuple[PairLogps, losses.States]:
+        """The gradient of a step, in passes that fit into memory."""
+        while True:
+            passes = self._passes(step)
+            batch = GlobalBatch(positions, self._gradients.wanted, self.processes)
+            try:
+                found = self._gradients.accumulate(Step(step, passes, batch, weights), self.loss_states)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                shortage = in_words(error)
+            else:
+                self._back_off.tell(step)
+                return found
+            self._back_off.after(step, passes, shortage)
+            self._ahead.clear()  # which was cut by the larger budget
 
     def _passes(self, step: int) -> list[Pass]:
         """This process's micro-batches of a step; those of the next are read meanwhile."""
@@ -185,14 +207,3 @@ class Trainer:
             f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
             "--dtype float32."
         )
-
-
-def adamw(policy: Policy, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over every parameter that is trained, in float32."""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in policy.masters],
-        lr=options.learning_rate or 0.0,  # set at every step
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )

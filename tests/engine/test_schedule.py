@@ -63,3 +63,13 @@ def test_no_batch_is_wasted_on_a_learning_rate_of_zero() -> None:
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[1:]))
     constant = learning_rates(options(learning_rate=0.5, warmup_ratio=0, lr_schedule="constant"), 4)
     assert {constant(step) for step in range(1, 5)} == {0.5}
+
+
+def test_warm_up_may_be_counted_in_steps() -> None:
+    """As the original DPO code does it: up to the peak, and there it stays."""
+    given = options(learning_rate=1.0, warmup_steps=4, lr_schedule="constant")
+    rates = [learning_rates(given, num_steps=8)(step) for step in range(1, 9)]
+    assert rates == [0.25, 0.5, 0.75, 1, 1, 1, 1, 1]
+    short = learning_rates(given, num_steps=2)
+    assert [short(step) for step in (1, 2)] == [0.25, 0.5], "a run that ends within its warm-up"
+    assert learning_rates(options(learning_rate=1.0, warmup_steps=0, lr_schedule="constant"), 8)(1) == 1
