@@ -97,7 +97,7 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
         if state["format"] != FORMAT_VERSION:
             raise ValueError(f"it has format {state['format']}, and this dpocli reads format {FORMAT_VERSION}")
         reader = HuggingFaceStorageReader(str(path))
-        moments = _room_for_moments(policy, optimizer, reader)
+        moments = _room_for_moments(policy, reader)
         tensors = {f"optimizer/{name}/{key}": room for name, found in moments.items() for key, room in found.items()}
         with torch.no_grad():
             state_dict_loader.load(_weights(policy) | tensors, storage_reader=reader)
@@ -131,11 +131,8 @@ def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     }
 
 
-def _room_for_moments(
-    policy: Policy, optimizer: torch.optim.Optimizer, reader: HuggingFaceStorageReader
-) -> dict[str, dict[str, Tensor]]:
+def _room_for_moments(policy: Policy, reader: HuggingFaceStorageReader) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds of the optimizer, by parameter, as empty tensors: spread like the parameter, or whole."""
-    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     parameters = dict(policy.masters)
     room: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for entry, facts in reader.read_metadata().state_dict_metadata.items():
@@ -148,7 +145,7 @@ def _room_for_moments(
         if facts.size == parameter.shape:
             room[name][key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         else:
-            room[name][key] = torch.zeros(facts.size, dtype=dtype, device=parameter.device if on_device else None)
+            room[name][key] = torch.zeros(facts.size, dtype=dtype)
     return room
 
 
