@@ -75,6 +75,17 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, ModelOptions, 
     eval_every: int | None = option(
         None, Panel.HELD_OUT, "steps between held-out evaluations (default: a tenth of the run)", ge=1
     )
+    early_stopping: int | None = option(
+        None,
+        Panel.HELD_OUT,
+        "end the run when the held-out loss has not improved for N evaluations (default: never)",
+        ge=1,
+    )
+    keep_best: Literal["loss", "accuracy"] | None = option(
+        None,
+        Panel.HELD_OUT,
+        "keep the checkpoint that is the best on the held-out pairs, beside --keep-last, and make OUT/model of it",
+    )
     gradient_checkpointing: bool = option(
         False, Panel.MODEL, "recompute activations in the backward pass: less memory, more time"
     )
@@ -138,8 +149,9 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, ModelOptions, 
                 raise ValueError(f"{name}: describes a new adapter, and there is none; give --lora-rank too")
         if self.lora_rank and self.adapter:
             raise ValueError("lora_rank: --adapter is trained on as it is; give one of the two")
-        if self.eval_every and not (self.eval_reference or self.eval_fraction):
-            raise ValueError("eval_every: there are no held-out pairs; give --eval-reference or --eval-fraction")
+        for name in ("eval_every", "early_stopping", "keep_best"):
+            if getattr(self, name) and not (self.eval_reference or self.eval_fraction):
+                raise ValueError(f"{name}: there are no held-out pairs; give --eval-reference or --eval-fraction")
         _no_idle_data_options(self)
         return self
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dpocli.artifacts.files import sync_directory, sync_file
+from dpocli.engine.best import best_step
 from dpocli.engine.mesh import Processes
 from dpocli.engine.policy import Policy, place
 from dpocli.errors import ResourceError, UsageError
@@ -21,10 +22,15 @@ FORMAT_VERSION = 1
 _NAME = re.compile(r"step-(\d+)")
 
 
-def latest(directory: Path) -> tuple[int, Path] | None:
-    """Step and path of the newest checkpoint, or None. A half-written one has another name and is never seen."""
+def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
+    """Step and path of the newest checkpoint, or None. A half-written one has another name and is never seen.
+
+    Args:
+        directory: of all checkpoints of the run.
+        up_to: the last step to be looked at, where not all count.
+    """
     found = [(int(match[1]), path) for path in _entries(directory) if (match := _NAME.fullmatch(path.name))]
-    return max(found, default=None)
+    return max((entry for entry in found if up_to is None or entry[0] <= up_to), default=None)
 
 
 def save(
@@ -64,7 +70,7 @@ def save(
         sync_directory(temporary)
         temporary.rename(final)
         sync_directory(directory)
-        _remove_old(directory, keep_last)
+        remove_old(directory, keep_last)
     processes.wait()
 
 
@@ -124,9 +130,11 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     sync_file(path)
 
 
-def _remove_old(directory: Path, keep_last: int) -> None:
+def remove_old(directory: Path, keep_last: int) -> None:
+    """Removes all but the newest `keep_last`, and the best one, which does not count."""
     steps = sorted(int(match[1]) for path in _entries(directory) if (match := _NAME.fullmatch(path.name)))
-    for step in steps[:-keep_last]:
+    best = best_step(directory)
+    for step in [step for step in steps if step != best][:-keep_last]:
         shutil.rmtree(directory / f"step-{step}", ignore_errors=True)
 
 
