@@ -46,10 +46,7 @@ def run_steps(
         if held_out is None or not is_due(step):
             return {}
         with trainer.account.of("evaluation"), _naming_the_last_good(trainer, checkpoints):
-            metrics = trainer.held_out(held_out, asked_to_stop)
-        if metrics is not None:
-            trainer.sound_step = step
-        return metrics
+            return trainer.held_out(held_out, asked_to_stop)
 
     def stopped(step: int) -> PreemptedError:
         saved = "with a checkpoint" if step else "before the first"

@@ -70,7 +70,7 @@ class Trainer:
         self.throughput = Throughput(policy.scorer, backward=True)
         self.account = Account(processes.device)
         self.sound_step = 0
-        """The last step whose weights are known to have given finite numbers."""
+        """The last step whose weights are known to have given a finite loss and a finite gradient: the next is done."""
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[list[Pass]]] = {}
 
@@ -94,8 +94,8 @@ class Trainer:
                 f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
                 "--dtype float32."
             )
-        self.sound_step = step - 1
         metrics |= self._update(step, positions)
+        self.sound_step = step - 1
         self.loss_states = states
         return StepOutcome(step, metrics, len(positions), int(self.view.num_tokens[positions].sum()))
 
@@ -158,7 +158,7 @@ class Trainer:
         self._load(checkpoints / f"step-{step}")
 
     def last_sound_checkpoint(self, checkpoints: Path) -> Path | None:
-        """The newest whose weights have given finite numbers; None where there is none."""
+        """The newest whose weights are known to be good; None where there is none."""
         found = checkpoint.latest(checkpoints, up_to=self.sound_step)
         return found and found[1]
 
