@@ -196,6 +196,27 @@ def test_killed_by_a_signal_it_ends_with_the_same_bits(
     assert_same_run(out, undisturbed)
 
 
+@pytest.mark.slow
+def test_two_processes_decide_as_one(
+    undisturbed: Path, cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    """And one process ends what two have begun."""
+    out = tmp_path / "two"
+    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dpocli")
+    process = start(*line(cache, held_out_cache, out), launcher=launcher)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    whole, two = summary_of(undisturbed), summary_of(out)
+    for name in ("steps", "model_step", "stopped_early", "pairs_processed", "tokens_processed"):
+        assert two[name] == whole[name], name
+    assert two["best"]["loss"] == pytest.approx(whole["best"]["loss"], rel=1e-5)
+    assert two["environment"]["processes"] == 2
+    assert names(out) == names(undisturbed)
+    (out / "summary.json").unlink()  # as if killed before its end: one process makes it from the checkpoints
+    assert dpocli(*line(cache, held_out_cache, out)).code == 0
+    assert summary_of(out)["model_step"] == whole["model_step"]
+
+
 def test_by_accuracy(cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run) -> None:
     out = tmp_path / "run"
     result = dpocli(
