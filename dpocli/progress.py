@@ -25,7 +25,7 @@ class Progress:
         self._display, self._clock, self._started = display, clock, clock()
         self._state = _State(done=initial, total=total, unit=unit, initial=initial)
 
-    def update(self, pairs: int = 0, tokens: int = 0, advance: int | None = None, **values: float | None) -> None:
+    def update(self, pairs: int = 0, tokens: int = 0, advance: int | None = None, **values: float | str | None) -> None:
         """Something was finished.
 
         Args:
@@ -54,7 +54,7 @@ class _State:
         self.done, self.total, self.unit, self.initial = done, total, unit, initial
         self.pairs = self.tokens = 0
         self.seconds = 0.0
-        self.values: dict[str, float] = {}
+        self.values: dict[str, float | str] = {}
 
     def rates(self) -> str:
         seconds = max(self.seconds, 1e-9)

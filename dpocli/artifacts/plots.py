@@ -20,6 +20,8 @@ HELD_OUT = "eval/"
 BLUE, RED, GRAY = "#0072b2", "#d55e00", "#5f5f5f"  # two colours that the colour-blind tell apart
 SMOOTHING = 0.05
 """Share of the run over which the thick line averages."""
+CROWDED = 1000
+"""Steps from which on the thin line is an area, and must not hide the thick one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,8 @@ def _draw_training(area: Axes, curve: _Curve, metrics: Rows, label: str) -> None
         if len(values):
             area.plot(steps, values, "o-", color=curve.color, markersize=3, label=label)
         return
-    area.plot(steps, values, color=curve.color, linewidth=0.7, alpha=0.35, zorder=2)
+    faint = 0.35 if len(values) < CROWDED else 0.18
+    area.plot(steps, values, color=curve.color, linewidth=0.7, alpha=faint, zorder=2)
     area.plot(steps, _running_mean(values), color=curve.color, linewidth=1.9, label=label, zorder=3)
 
 

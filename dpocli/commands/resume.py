@@ -36,6 +36,8 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
             f"--out {options.out}: its config.yaml is not that of a training run ({error}) Give another directory."
         ) from None
     before, now = _values(earlier), _values(options)
+    if options.keep_best or options.early_stopping:  # then it matters when the policy is evaluated
+        before, now = before | {"eval_every": earlier.eval_every}, now | {"eval_every": options.eval_every}
     differing = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if differing:
         raise UsageError(

@@ -1,7 +1,7 @@
 """`dpocli train`: the policy learns from cached pairs; the reference is never run again."""
 
-from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,20 +14,22 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.fingerprint import config_differences, information_differences
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
-from dpocli.artifacts.plots import draw_curves
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.artifacts.status import mark_recorded
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
+from dpocli.commands.run_summary import facts, no_better_warning, render, truncation_warning
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import step0
+from dpocli.engine.course import agreed_best_step
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.loop import run_steps
 from dpocli.engine.memory import Device, set_token_budget
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import environment, pick_dtype, source_dtype
+from dpocli.engine.narration import Narration, draw_curves_or_warn
 from dpocli.engine.optimizers import make_optimizer
 from dpocli.engine.passes import PairView
 from dpocli.engine.plan import Plan
@@ -38,7 +40,7 @@ from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers, check_trackers
 from dpocli.engine.trainer import Trainer
 from dpocli.errors import NumericsError, UsageError
-from dpocli.terminal import Printer, Terminal
+from dpocli.terminal import Terminal
 
 
 def run(options: TrainOptions, terminal: Terminal) -> None:
@@ -113,14 +115,26 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
         done = trainer.restore(checkpoints := options.out / "checkpoints")
         if done:
             terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
-        elif store.has_reference:
-            _check_step0(options, policy, training, files, dtype, processes, terminal)
+        else:
+            if store.has_reference:
+                found = _check_step0(options, policy, training, files, dtype, processes, terminal)
+                trainer.account.notes["step0"] = asdict(found)
+            if warning := truncation_warning(training):
+                terminal.warn(warning.text)
         trackers = stack.enter_context(Trackers(options, done + 1, enabled=processes.is_first))
         # Only now: a start that was refused may be mended with other settings in the same directory.
         out.write_config(options)
-        run_steps(trainer, done + 1, held_out, checkpoints, out, stop, trackers, terminal)
-        summary = _finish(options, loss, out, trainer, tokenizer, files, store)
-        terminal.result(summary, lambda printer: _render(printer, summary))
+        narration = Narration(trainer, out, trackers, terminal)
+        steps = run_steps(trainer, done + 1, held_out, checkpoints, out, stop, narration)
+        if steps < schedule.num_steps:
+            terminal.say(
+                f"Stopped early after step {steps} of {schedule.num_steps}: the held-out loss has not improved for "
+                f"{options.early_stopping} evaluations."
+            )
+        summary = _finish(options, loss, out, trainer, tokenizer, files, store, steps, terminal)
+        if text := no_better_warning(summary):
+            terminal.warn(text)
+        terminal.result(summary, lambda printer: render(printer, summary, options))
 
 
 def split_pairs(
@@ -160,7 +174,7 @@ def _check_step0(
     dtype: torch.dtype,
     processes: Processes,
     terminal: Terminal,
-) -> None:
+) -> step0.Step0:
     """Binding where the policy starts as the reference; else the difference is information."""
     tolerance = options.step0_tolerance or step0.TOLERANCE[dtype]
     with policy.at_rest():
@@ -177,7 +191,7 @@ def _check_step0(
         terminal.say(f"Step 0, against another model's reference: {found}")
         if start.weights == reference.reference.weights and start.quantization != reference.reference.quantization:
             terminal.warn(_other_quantization(options, start))
-        return
+        return found
     terminal.say(f"Step-0 check: {found}")
     if not found.holds:
         differing = [
@@ -189,6 +203,7 @@ def _check_step0(
             f"the cache was written: {'; '.join(differing) or 'nothing that is recorded'}. Train with the cache's "
             "--dtype, write the cache anew here, or allow more with --step0-tolerance."
         )
+    return found
 
 
 def _finish(
@@ -199,14 +214,19 @@ def _finish(
     tokenizer: PreTrainedTokenizerBase,
     files: ModelFiles,
     store: PairStore,
+    steps: int,
+    terminal: Terminal,
 ) -> dict[str, Any]:
-    """The model, the curves and the summary."""
-    policy = trainer.policy
+    """The model (with --keep-best, of the best step), the curves and the summary."""
+    policy, checkpoints, model_step = trainer.policy, options.out / "checkpoints", steps
+    if options.keep_best and (kept := agreed_best_step(checkpoints, policy.processes)) is not None:
+        trainer.go_back_to(checkpoints, model_step := kept)
     weights = policy.weights()
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise NumericsError(
-            f"After the last step {len(broken)} weights are not finite ({broken[0]}, …); no model was saved. Take an earlier "
-            "checkpoint, or train again with a lower --learning-rate."
+            f"After step {model_step} {len(broken)} weights are not finite ({broken[0]}, …); no model was saved. Train again "
+            "with a lower --learning-rate in another --out. The last good checkpoint: "
+            f"{trainer.last_sound_checkpoint(checkpoints) or 'there is none'}."
         )
     rows = out.metrics.rows()
     summary: dict[str, Any] = {
@@ -216,13 +236,19 @@ def _finish(
         "policy_weights": _identity(files, options).weights_digest,
         "inputs": inputs_of(options),
         "pairs_digest": store.fingerprint.digest,
-        "steps": trainer.schedule.num_steps,
         "pairs": trainer.schedule.num_pairs,
         "metrics": {key: value for row in rows for key, value in row.items()},
         "untrained": {key: value for key, value in (rows[0] if rows else {}).items() if key.startswith("eval/")},
-        "environment": environment(policy.processes.device),
+        "held_out": next(
+            (
+                {key: value for key, value in row.items() if key.startswith("eval/")}
+                for row in rows
+                if row["step"] == model_step
+            ),
+            {},
+        ),
         "scoring": trainer.throughput.summary(),
-    }
+    } | facts(trainer, rows, steps, model_step)
     if policy.processes.is_first:
         provenance = Provenance(
             loss=loss,
@@ -249,24 +275,10 @@ def _finish(
                 dtype,
                 provenance,
             )
-        draw_curves(rows, options.out / "curves.png")
+        draw_curves_or_warn(out, terminal)
         out.write_summary(summary)
     policy.processes.wait()
     return summary
-
-
-def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
-    metrics = summary["metrics"]
-    names = ["loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"]
-    if "logratios/margins" in metrics:
-        names += ["logratios/accuracies", "logratios/margins"]
-    rows = [
-        [name, metrics.get(name), summary["untrained"].get(f"eval/{name}"), metrics.get(f"eval/{name}")]
-        for name in names
-    ]
-    printer.table(
-        f"{summary['model']} after {summary['steps']:,} steps", ["", "last step", "held-out before", "held-out"], rows
-    )
 
 
 def _identity(files: ModelFiles, options: TrainOptions) -> ModelIdentity:

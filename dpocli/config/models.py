@@ -1,7 +1,7 @@
 """The options of the three commands: what they share and what is their own, and what does not go together."""
 
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -68,6 +68,17 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOption
     )
     eval_every: int | None = option(
         None, Panel.HELD_OUT, "steps between held-out evaluations (default: a tenth of the run)", ge=1
+    )
+    early_stopping: int | None = option(
+        None,
+        Panel.HELD_OUT,
+        "end the run when the held-out loss has not improved for N evaluations (default: never)",
+        ge=1,
+    )
+    keep_best: Literal["loss", "accuracy"] | None = option(
+        None,
+        Panel.HELD_OUT,
+        "keep the checkpoint that is the best on the held-out pairs, beside --keep-last, and make OUT/model of it",
     )
     cpu_offload: bool = option(
         False, Panel.MODEL, "keep weights and optimizer in the memory of the host: less device memory, more time"
@@ -136,8 +147,9 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOption
                 raise ValueError(f"{name}: describes a new adapter, and there is none; give --lora-rank too")
         if self.lora_rank and self.adapter:
             raise ValueError("lora_rank: --adapter is trained on as it is; give one of the two")
-        if self.eval_every and not (self.eval_reference or self.eval_fraction):
-            raise ValueError("eval_every: there are no held-out pairs; give --eval-reference or --eval-fraction")
+        for name in ("eval_every", "early_stopping", "keep_best"):
+            if getattr(self, name) and not (self.eval_reference or self.eval_fraction):
+                raise ValueError(f"{name}: there are no held-out pairs; give --eval-reference or --eval-fraction")
         _no_idle_data_options(self)
         return self
 

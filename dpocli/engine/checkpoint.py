@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
+from dpocli.engine.best import best_step
 from dpocli.engine.mesh import Processes
 from dpocli.engine.policy import Policy
 from dpocli.errors import ResourceError, UsageError
@@ -28,10 +29,15 @@ FORMAT_VERSION = 2
 _NAME = re.compile(r"step-(\d+)")
 
 
-def latest(directory: Path) -> tuple[int, Path] | None:
-    """Step and path of the newest checkpoint, or None. A half-written one has another name and is never seen."""
+def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
+    """Step and path of the newest checkpoint, or None. A half-written one has another name and is never seen.
+
+    Args:
+        directory: of all checkpoints of the run.
+        up_to: the last step to be looked at, where not all count.
+    """
     found = [(int(match[1]), path) for path in _entries(directory) if (match := _NAME.fullmatch(path.name))]
-    return max(found, default=None)
+    return max((entry for entry in found if up_to is None or entry[0] <= up_to), default=None)
 
 
 def save(
@@ -82,7 +88,7 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         sync_directory(directory)
-        _remove_old(directory, keep_last)
+        remove_old(directory, keep_last)
     processes.wait()
 
 
@@ -169,9 +175,11 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def _remove_old(directory: Path, keep_last: int) -> None:
+def remove_old(directory: Path, keep_last: int) -> None:
+    """Removes all but the newest `keep_last`, and the best one, which does not count."""
     steps = sorted(int(match[1]) for path in _entries(directory) if (match := _NAME.fullmatch(path.name)))
-    for step in steps[:-keep_last]:
+    best = best_step(directory)
+    for step in [step for step in steps if step != best][:-keep_last]:
         shutil.rmtree(directory / f"step-{step}", ignore_errors=True)
 
 

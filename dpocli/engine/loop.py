@@ -2,17 +2,17 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.engine.course import Course
+from dpocli.engine.narration import Narration
 from dpocli.engine.passes import PairView
 from dpocli.engine.stop import StopFlag
-from dpocli.engine.trackers import Trackers
-from dpocli.engine.trainer import StepOutcome, Trainer
-from dpocli.errors import PreemptedError
-from dpocli.progress import Progress
-from dpocli.terminal import Terminal
+from dpocli.engine.trainer import Trainer
+from dpocli.errors import NumericsError, PreemptedError
 
 
 def run_steps(
@@ -22,10 +22,12 @@ def run_steps(
     checkpoints: Path,
     out: RunDirectory,
     stop: StopFlag,
-    trackers: Trackers,
-    terminal: Terminal,
-) -> None:
-    """Runs step `first` to the last.
+    narration: Narration,
+) -> int:
+    """Runs step `first` to the last, or to where the held-out loss has stopped to improve.
+
+    Returns:
+        The step at which the run has ended; there is a checkpoint of it.
 
     Raises:
         PreemptedError: asked to stop; a checkpoint is written.
@@ -35,12 +37,7 @@ def run_steps(
     tenth = max(1, round(last / 10))
     save_every, eval_every = options.save_every or tenth, options.eval_every or tenth
 
-    def log(row: Mapping[str, float]) -> None:
-        out.metrics.append(row)
-        trackers.log(row)
-
     deadline = out.started + 60 * (options.max_minutes or math.inf)
-    slowest_save = 0.0
 
     def asked_to_stop() -> bool:
         return trainer.processes.any(bool(stop) or out.stop_requested())
@@ -49,27 +46,15 @@ def run_steps(
         # Asked after a step, so that every turn makes one, however short its time is.
         return trainer.processes.any(time.monotonic() >= deadline)
 
-    def save(step: int) -> None:
-        nonlocal slowest_save
-        began = time.monotonic()
-        trainer.save(checkpoints, step)
-        seconds = time.monotonic() - began
-        if seconds > 2 * slowest_save:
-            slowest_save = seconds
-            terminal.say(f"Saving a checkpoint took {seconds:.1f} s.")
-            if seconds > options.grace_seconds:
-                terminal.warn(
-                    f"That is longer than the {options.grace_seconds:g} s between a stop signal and the kill (--grace-seconds): "
-                    "a run that is preempted then loses the steps since its last checkpoint. Raise the launcher's limit "
-                    "(torchrun --shutdown-timeout, SLURM's --signal=B:USR1@SECONDS) or save more often with --save-every."
-                )
-
     def is_due(step: int) -> bool:
         return held_out is not None and (step % eval_every == 0 or step == last)
 
     def evaluation(step: int) -> dict[str, float] | None:
         """Held-out metrics where they are due; None where they were cut short."""
-        return trainer.held_out(held_out, asked_to_stop) if held_out is not None and is_due(step) else {}
+        if held_out is None or not is_due(step):
+            return {}
+        with trainer.account.of("evaluation"), _naming_the_last_good(trainer, checkpoints):
+            return trainer.held_out(held_out, asked_to_stop)
 
     def stopped(step: int) -> PreemptedError:
         saved = "with a checkpoint" if step else "before the first"
@@ -80,26 +65,52 @@ def run_steps(
     done = first - 1
     out.metrics.truncate_after(done or -1)
     row = _row_without_evaluation(out, done)
+    narration.go_on(out.metrics.rows()[: -1 if row and done else None])
     # One process looks at the file, and all go by it.
     if is_due(done) and trainer.processes.any(trainer.processes.is_first and row is not None):
         if (evaluated := evaluation(done)) is None:
             raise stopped(done)
         out.metrics.truncate_after(done - 1)
-        log((row or {}) | evaluated)
-    with terminal.progress(last, "train", unit="steps", initial=done) as progress:
+        narration.log((row or {}) | evaluated)
+    course = Course(options, checkpoints, out.metrics.rows(), trainer.processes)
+    if course.has_stalled():
+        last = done
+    with narration.progress(done):
         for step in range(first, last + 1):
-            outcome = trainer.step(step)
+            with trainer.account.of("training"), _naming_the_last_good(trainer, checkpoints):
+                outcome = trainer.step(step)
             row = {"step": step, "epoch": step / trainer.schedule.steps_per_epoch} | outcome.metrics
             evaluated = evaluation(step)
-            if step % options.log_every == 0 or step == last or evaluated != {}:
-                log(row | (evaluated or {}))
-            _show(progress, outcome)
+            if evaluated:
+                course.add(row | evaluated)
+            ends = step == last or (bool(evaluated) and course.has_stalled())
+            if step % options.log_every == 0 or ends or evaluated != {}:
+                narration.log(row | (evaluated or {}))
+            narration.show(outcome)
             out.update(step=step)
             stopping = asked_to_stop() or time_is_up()
-            if step == last or step % save_every == 0 or stopping:
-                save(step)
-            if stopping and (step < last or evaluated is None):
+            if ends or step % save_every == 0 or stopping or course.is_best_at(step):
+                # Rows first: what decides (which step was the best, when to stop) must be there with the checkpoint.
+                out.metrics.sync()
+                with trainer.account.of("checkpoints"), narration.saving():
+                    trainer.save(checkpoints, step)
+                course.saved(step)
+                narration.draw()
+            if stopping and (not ends or evaluated is None):
                 raise stopped(step)
+            if ends:
+                return step
+    return done
+
+
+@contextmanager
+def _naming_the_last_good(trainer: Trainer, checkpoints: Path) -> Iterator[None]:
+    """Adds to the message that numbers went bad where good ones can still be had."""
+    try:
+        yield
+    except NumericsError as error:
+        good = trainer.last_sound_checkpoint(checkpoints)
+        raise NumericsError(f"{error} The last good checkpoint: {good or 'there is none'}.") from error
 
 
 def _row_without_evaluation(out: RunDirectory, done: int) -> dict[str, float] | None:
@@ -112,13 +123,3 @@ def _row_without_evaluation(out: RunDirectory, done: int) -> dict[str, float] | 
     rows = out.metrics.rows()
     is_cut_short = bool(rows) and rows[-1]["step"] == done and not any(name.startswith("eval/") for name in rows[-1])
     return rows[-1] if is_cut_short else None
-
-
-def _show(progress: Progress, outcome: StepOutcome) -> None:
-    progress.update(
-        pairs=outcome.num_pairs,
-        tokens=outcome.num_tokens,
-        loss=outcome.metrics["loss"],
-        accuracy=outcome.metrics["rewards/accuracies"],
-        margin=outcome.metrics["rewards/margins"],
-    )

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Throughput:
         facts: dict[str, Any] = dict(self._scorer.way)
         if not tally.unique or not self._seconds:
             return facts
-        floor = self.flops() / matmul_rate(self._scorer)
+        floor = self.flops() / self._rate
         return facts | {
             "tokens_computed": tally.computed,
             "tokens_unique": tally.unique,
@@ -66,6 +67,22 @@ class Throughput:
             "fraction_of_flop_floor": round(floor / self._seconds, 3),
         }
 
+    def share_of_the_rate(self, seconds: float) -> float | None:
+        """Model FLOP utilisation: the floor's operations in `seconds`, as a share of what matrix products reach here.
+
+        The rate is measured and not taken from a data sheet; None where nothing was done yet.
+        """
+        return self.flops() / (self._rate * seconds) if self._tally.unique and seconds else None
+
+    @cached_property
+    def _rate(self) -> float:
+        """Floating-point operations a second. Measured once, when it is first asked for."""
+        return matmul_rate(self._scorer)
+
+    @cached_property
+    def _weights_per_token(self) -> float:
+        return _active_weights(self._scorer)
+
     def flops(self) -> float:
         """The floor in floating-point operations, a multiplication and an addition being two."""
         tally, model = self._tally, self._scorer.model
@@ -74,7 +91,7 @@ class Throughput:
         per_scored = int(head.weight.numel()) if isinstance(head, nn.Linear) else 0
         heads: int = getattr(config, "num_attention_heads", 0)
         width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
-        forward: float = 2.0 * _active_weights(self._scorer) * tally.unique
+        forward: float = 2.0 * self._weights_per_token * tally.unique
         forward += 4.0 * config.num_hidden_layers * width * tally.attended
         forward += 2.0 * per_scored * tally.scored
         return forward * (3 if self._backward else 1)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import checkpoint
+from dpocli.engine.account import Account
 from dpocli.engine.back_off import BackOff
 from dpocli.engine.global_batch import GlobalBatch
 from dpocli.engine.gradients import Gradients, Pass, Step
@@ -26,6 +28,9 @@ from dpocli.errors import NumericsError, UsageError, in_words
 from dpocli.objective import losses
 from dpocli.objective.logps import PairLogps, Wanted, pair_logps
 from dpocli.objective.metrics import pair_metrics
+
+ROWS_NAMED = 10
+"""Source rows that a message lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,9 @@ class Trainer:
         self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
         self.throughput = Throughput(policy.scorer, backward=True)
         self._back_off = BackOff(policy, options.token_budget, say)
+        self.account = Account(processes.device)
+        self.sound_step = 0
+        """The last step whose weights are known to have given a finite loss and a finite gradient: the next is done."""
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[list[Pass]]] = {}
 
@@ -84,8 +92,13 @@ class Trainer:
             output = losses.compute(self.loss, logps, states)
             metrics = pair_metrics(output, logps, weights)
         if not np.isfinite(metrics["loss"]):
-            raise self._not_finite(step, positions, output.losses)
-        metrics |= self._update(step)
+            raise NumericsError(
+                f"Step {step}: the loss is not finite, in {self._rows_of(self.view, positions, output.losses)}. "
+                f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
+                "--dtype float32."
+            )
+        metrics |= self._update(step, positions)
+        self.sound_step = step - 1
         self.loss_states = states
         return StepOutcome(step, metrics, len(positions), int(self.view.at(positions).num_tokens.sum()))
 
@@ -110,8 +123,9 @@ class Trainer:
         metrics = pair_metrics(output, logps, self._weights(view, positions))
         if not np.isfinite(metrics["loss"]):
             raise NumericsError(
-                "The held-out loss is not finite: the last update broke the policy, or a held-out pair is extreme. Go on from "
-                "the last checkpoint with a lower --learning-rate in another --out, or try --dtype float32."
+                f"The held-out loss is not finite, in {self._rows_of(view, positions, output.losses)}: the last update broke "
+                "the policy, or a held-out pair is extreme. Look at those rows; else train with a lower --learning-rate in "
+                "another --out, or try --dtype float32."
             )
         return {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -122,6 +136,7 @@ class Trainer:
             "num_pairs": len(self.view),
             "loss_states": {name: dict(values) for name, values in self.loss_states.items()},
             "token_budget": self._back_off.state(),
+            "account": self.account.to_json(),
         }
         checkpoint.save(checkpoints, step, self.policy, self.optimizer, state, self.options.keep_last, self.processes)
 
@@ -137,6 +152,21 @@ class Trainer:
         if newest is None:
             return 0
         step, path = newest
+        state = self._load(path)
+        self.account.go_on(state.get("account", {}))
+        self.sound_step = step - 1
+        return step
+
+    def go_back_to(self, checkpoints: Path, step: int) -> None:
+        """Takes the policy back to the checkpoint of a step, to be saved as the model."""
+        self._load(checkpoints / f"step-{step}")
+
+    def last_sound_checkpoint(self, checkpoints: Path) -> Path | None:
+        """The newest whose weights are known to be good; None where there is none."""
+        found = checkpoint.latest(checkpoints, up_to=self.sound_step)
+        return found and found[1]
+
+    def _load(self, path: Path) -> dict[str, Any]:
         state = checkpoint.load(path, self.policy, self.optimizer)
         if (state["pairs"], state["num_pairs"]) != (self.view.store.fingerprint.digest, len(self.view)):
             raise UsageError(
@@ -145,7 +175,7 @@ class Trainer:
             )
         self.loss_states = state.get("loss_states", {})
         self._back_off.restore(state.get("token_budget"))
-        return step
+        return state
 
     def close(self) -> None:
         self._reader.shutdown(cancel_futures=True)
@@ -182,15 +212,15 @@ class Trainer:
     def _weights(self, view: PairView, positions: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(view.at(positions).weights).to(self.processes.device)
 
-    def _update(self, step: int) -> dict[str, float]:
+    def _update(self, step: int, positions: NDArray[np.int64]) -> dict[str, float]:
         parameters = [parameter for _, parameter in self.policy.masters]
         limit = self.options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not np.isfinite(grad_norm):
             raise NumericsError(
-                f"Step {step}: the gradient is not finite although the loss is. The weights are those of step "
-                f"{step - 1}. Try a lower --learning-rate, or --dtype float32."
+                f"Step {step}: the gradient is not finite although the loss is, over {self._rows_of(self.view, positions)}. "
+                f"The weights are those of step {step - 1}. Try a lower --learning-rate, or --dtype float32."
             )
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -207,3 +237,22 @@ class Trainer:
             f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
             "--dtype float32."
         )
+
+    def _rows_of(self, view: PairView, positions: NDArray[np.int64], pair_losses: Tensor | None = None) -> str:
+        """The pairs whose loss is not finite, or all of them where no losses are given, by their source rows."""
+        if pair_losses is not None:
+            positions = positions[~np.isfinite(pair_losses.detach().cpu().numpy())]
+        rows = np.sort(view.store.columns.rows[view.members[positions]])
+        more = f" and {len(rows) - ROWS_NAMED:,} more" if len(rows) > ROWS_NAMED else ""
+        return f"the pairs of source rows {', '.join(map(str, rows[:ROWS_NAMED])) or '?'}{more}"
+
+
+def adamw(policy: Policy, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW over every parameter that is trained, in float32."""
+    return torch.optim.AdamW(
+        [parameter for _, parameter in policy.masters],
+        lr=options.learning_rate or 0.0,  # set at every step
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        weight_decay=options.weight_decay,
+    )
