@@ -30,6 +30,7 @@ class Throughput:
     def __init__(self, scorer: PairScorer, *, backward: bool = False) -> None:
         self._scorer = scorer
         self._backward = backward
+        self._trains_all = all(parameter.requires_grad for parameter in scorer.parameters())
         self._seconds = 0.0
         self._tally = Tally(with_gradient_only=backward)
 
@@ -91,10 +92,12 @@ class Throughput:
         per_scored = int(head.weight.numel()) if isinstance(head, nn.Linear) else 0
         heads: int = getattr(config, "num_attention_heads", 0)
         width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // max(heads, 1))
-        forward: float = 2.0 * self._weights_per_token * tally.unique
-        forward += 4.0 * config.num_hidden_layers * width * tally.attended
-        forward += 2.0 * per_scored * tally.scored
-        return forward * (3 if self._backward else 1)
+        by_weights: float = 2.0 * self._weights_per_token * tally.unique + 2.0 * per_scored * tally.scored
+        attention: float = 4.0 * config.num_hidden_layers * width * tally.attended
+        if not self._backward:
+            return by_weights + attention
+        # A frozen weight passes gradients on and takes none itself.
+        return by_weights * (3 if self._trains_all else 2) + attention * 3
 
 
 def _active_weights(scorer: PairScorer) -> float:
