@@ -1,7 +1,7 @@
 """Pairs laid out in rows: which tokens stand where, who may see whom, and which states predict what is scored."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -116,42 +116,60 @@ class Rows:
         return columns < torch.tensor(self.lengths, device=columns.device)[:, None]
 
 
+@dataclass(slots=True)
+class _RowUnderWay:
+    """One row of many segments, put together piece by piece."""
+
+    pieces: list[Tensor] = field(default_factory=list)
+    positions: list[Tensor] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    states: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    """Places that predict the tokens of the chosen and of the rejected sides."""
+    length: int = 0
+
+    def add(self, segment: Segment, pieces: Sequence[Tensor], positions: Sequence[Tensor]) -> None:
+        self.segments.append(segment)
+        self.pieces += pieces
+        self.positions += positions
+        self.length += segment.size
+
+    def finished(self, batch: PairBatch) -> Rows:
+        chosen, rejected = self.states
+        return Rows(
+            torch.cat(self.pieces)[None],
+            torch.cat([*chosen, *rejected]),
+            _targets(batch),
+            lengths=(self.length,),
+            position_ids=torch.cat(self.positions)[None],
+            segments=tuple(self.segments),
+        )
+
+
 def _shared(batch: PairBatch) -> Rows:
-    pieces: list[Tensor] = []
-    positions: list[Tensor] = []
-    segments: list[Segment] = []
-    chosen_states: list[Tensor] = []
-    rejected_states: list[Tensor] = []
-    start = 0
+    row = _RowUnderWay()
+    of_chosen, of_rejected = row.states
     for prompt, chosen, rejected in _pairs(batch):
-        trunk, end_of_chosen = len(prompt), len(prompt) + len(chosen)
-        pieces += [prompt, chosen, rejected]
-        positions += [torch.arange(end_of_chosen), torch.arange(trunk, trunk + len(rejected))]
-        segments.append(Segment(trunk, (len(chosen), len(rejected))))
+        trunk, start = len(prompt), row.length
+        end_of_chosen = trunk + len(chosen)
         # The prompt's last state predicts the first token of either side.
-        last_of_prompt = torch.tensor([start + trunk - 1])
-        chosen_states.append(torch.arange(start + trunk - 1, start + end_of_chosen - 1))
-        rejected_states += [last_of_prompt, torch.arange(len(rejected) - 1) + start + end_of_chosen]
-        start += end_of_chosen + len(rejected)
-    return _one_row(batch, pieces, positions, segments, [*chosen_states, *rejected_states])
+        of_chosen.append(torch.arange(start + trunk - 1, start + end_of_chosen - 1))
+        of_rejected += [torch.tensor([start + trunk - 1]), torch.arange(len(rejected) - 1) + start + end_of_chosen]
+        row.add(
+            Segment(trunk, (len(chosen), len(rejected))),
+            [prompt, chosen, rejected],
+            [torch.arange(end_of_chosen), torch.arange(trunk, trunk + len(rejected))],
+        )
+    return row.finished(batch)
 
 
 def _packed(batch: PairBatch) -> Rows:
-    pieces: list[Tensor] = []
-    positions: list[Tensor] = []
-    segments: list[Segment] = []
-    chosen_states: list[Tensor] = []
-    rejected_states: list[Tensor] = []
-    start = 0
+    row = _RowUnderWay()
     for prompt, *sides in _pairs(batch):
-        for side, states in zip(sides, (chosen_states, rejected_states), strict=True):
+        for side, states in zip(sides, row.states, strict=True):
             length = len(prompt) + len(side)
-            pieces += [prompt, side]
-            positions.append(torch.arange(length))
-            segments.append(Segment(0, (length,)))
-            states.append(torch.arange(start + len(prompt) - 1, start + length - 1))
-            start += length
-    return _one_row(batch, pieces, positions, segments, [*chosen_states, *rejected_states])
+            states.append(torch.arange(row.length + len(prompt) - 1, row.length + length - 1))
+            row.add(Segment(0, (length,)), [prompt, side], [torch.arange(length)])
+    return row.finished(batch)
 
 
 def _padded(batch: PairBatch) -> Rows:
@@ -168,20 +186,6 @@ def _padded(batch: PairBatch) -> Rows:
     # Any id pads: nothing looks at it.
     input_ids = nn.utils.rnn.pad_sequence([torch.cat(side) for side in sides], batch_first=True, padding_value=0)
     return Rows(input_ids, torch.cat(states), _targets(batch), lengths)
-
-
-def _one_row(
-    batch: PairBatch, pieces: list[Tensor], positions: list[Tensor], segments: list[Segment], states: list[Tensor]
-) -> Rows:
-    input_ids = torch.cat(pieces)[None]
-    return Rows(
-        input_ids,
-        torch.cat(states),
-        _targets(batch),
-        lengths=(input_ids.shape[1],),
-        position_ids=torch.cat(positions)[None],
-        segments=tuple(segments),
-    )
 
 
 def _pairs(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
