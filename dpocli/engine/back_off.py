@@ -4,11 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from dpocli.engine.gradients import Pass
 from dpocli.engine.passes import size_of_pass
 from dpocli.engine.policy import Policy
+from dpocli.engine.shortage import can_be_undone, throw_away_gradients
 from dpocli.errors import ResourceError
 
 SMALLEST = 16
@@ -33,7 +32,7 @@ class BackOff:
         """Tokens of a pass from now on."""
         return self._policy.scorer.packing.token_budget
 
-    def after(self, step: int, passes: Sequence[Pass], shortage: str) -> None:
+    def after(self, step: int, passes: Sequence[Pass], shortage: str | None, *, together: bool) -> None:
         """Makes ready for doing a step again in smaller passes, after memory ran out in one of them.
 
         To be called where the error no longer holds on to what the pass had allocated.
@@ -41,35 +40,40 @@ class BackOff:
         Args:
             step: its number.
             passes: this process's micro-batches.
-            shortage: the error in words.
+            shortage: the error of this process in words; None where another one has met it.
+            together: whether all processes are here, and will make the step again.
 
         Raises:
             ResourceError: no smaller pass is possible, or there are other processes, which wait in an exchange that this one
                 has left and cannot come back to.
         """
-        layout = self._policy.scorer.packing.layout
+        processes, layout = self._policy.processes, self._policy.scorer.packing.layout
         largest = max(size_of_pass(layout, pairs) for _, pairs in passes)
         smaller = max(SMALLEST, min(self.budget, largest) // 2)
         found = f"Step {step}: out of memory in a pass of at most {min(self.budget, largest):,} tokens ({shortage})"
-        if all(len(pairs) <= 1 for _, pairs in passes):
+        is_hopeless = shortage is not None and all(len(pairs) <= 1 for _, pairs in passes)
+        if together and processes.any(is_hopeless) and not is_hopeless:
+            raise ResourceError(f"Step {step}: a single pair of another process does not fit into its memory.")
+        if is_hopeless:
             pair = max((pair for _, pairs in passes for pair in pairs), key=lambda pair: size_of_pass(layout, [pair]))
             raise ResourceError(
-                f"{found}, which holds a single pair; the longest is that of source row {pair.row}, {size_of_pass(layout, [pair]):,} tokens. "
-                "Give --gradient-checkpointing, or a cache with a smaller --max-length; the same command line then goes on from the "
-                "last checkpoint."
+                f"{found}, which holds a single pair; the longest is that of source row {pair.row}, "
+                f"{size_of_pass(layout, [pair]):,} tokens. Give --gradient-checkpointing, or a cache with a smaller --max-length; "
+                "the same command line then goes on from the last checkpoint."
             )
-        if self._policy.processes.count > 1:
+        if not together and processes.count > 1:
             raise ResourceError(
-                f"{found}. Several processes cannot go back in the middle of a step. Give --token-budget {smaller}: the same "
-                "command line then goes on from the last checkpoint."
+                f"{found}, in the middle of an exchange with other processes, from which there is no way back. Give --token-budget "
+                f"{smaller}: the same command line then goes on from the last checkpoint."
             )
-        if not throw_away_gradients(self._policy):
+        if not can_be_undone(self._policy):
             raise ResourceError(
                 f"{found}, and this torch cannot go back in the middle of a step (2.13 can). Give --token-budget {smaller}: the "
                 "same command line then goes on from the last checkpoint."
             )
+        throw_away_gradients(self._policy)
         self._before = self._before or self.budget
-        self._set(smaller)
+        self._set(min(processes.gather([smaller])) if together else smaller)
         self._policy.scorer.tally.splits += 1
 
     def tell(self, step: int) -> None:
@@ -95,17 +99,3 @@ class BackOff:
     def _set(self, tokens: int) -> None:
         scorer = self._policy.scorer
         scorer.packing = replace(scorer.packing, token_budget=tokens)
-
-
-def throw_away_gradients(policy: Policy) -> bool:
-    """As if a step had not begun; False where torch has no way back from an error in the middle of a pass."""
-    reset = getattr(policy.scorer, "reset_iter_state", None)
-    if reset is None:
-        return False
-    policy.scorer.zero_grad()  # first of the copies that compute, which the module shows where a pass ended midway
-    reset()
-    for _, parameter in policy.masters:
-        parameter.grad = None
-    if policy.processes.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return True

@@ -1,7 +1,7 @@
 """The gradient of a global batch, gathered micro-batch by micro-batch."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from dpocli.engine.global_batch import GlobalBatch
 from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import FILLER, score
 from dpocli.engine.policy import Policy
+from dpocli.engine.shortage import Shortage, throw_away_gradients
+from dpocli.errors import in_words
 from dpocli.objective import losses
 from dpocli.objective.batch_gradient import batch_gradient, with_gradient
 from dpocli.objective.logps import PairLogps, TokenLogps, Wanted, pair_logps
@@ -32,6 +34,7 @@ class Step:
     batch: GlobalBatch
     weights: Tensor
     """Of all pairs of the batch, in its order: shape (pairs,), float64."""
+    shortage: Shortage = field(default_factory=Shortage)
 
     @property
     def total_weight(self) -> Tensor:
@@ -58,14 +61,18 @@ class Gradients:
         """
         if self.loss.is_whole_batch:
             return self._from_the_whole(step, states)
-        for index, (mine, _) in enumerate(step.passes):
+
+        def learn(index: int) -> None:
+            mine, _ = step.passes[index]
             tokens, logps = self._score(step, index)
             weights = step.weights[step.batch.places(mine)]
             loss = None
             if logps is not None:
                 step.batch.put(mine, logps)
                 loss = (weights * losses.compute(self.loss, logps).losses).sum() / step.total_weight
-            self._backward(loss, tokens, weights.sum() / step.total_weight)
+            self._backward(step, index, loss, tokens, weights.sum() / step.total_weight)
+
+        self._each_pass(step, learn)
         return step.batch.everywhere(), states
 
     def _from_the_whole(self, step: Step, states: losses.States) -> tuple[PairLogps, losses.States]:
@@ -76,40 +83,67 @@ class Gradients:
         one piece is scored once.
         """
         in_one_piece = len(step.passes) == self.processes.count == 1
-        for index, (mine, _) in enumerate(step.passes):
+        kept: list[tuple[TokenLogps, PairLogps | None]] = []
+
+        def look(index: int) -> None:
             with torch.set_grad_enabled(in_one_piece):
                 tokens, live = self._score(step, index)
             if live is not None:
-                step.batch.put(mine, live)
+                step.batch.put(step.passes[index][0], live)
+            if in_one_piece:
+                kept.append((tokens, live))
+
+        self._each_pass(step, look, exchanges=False)
         logps = step.batch.everywhere()
         states = losses.next_states(self.loss, logps, states)
         gradient = batch_gradient(self.loss, logps, step.weights, states)
-        for index, (mine, _) in enumerate(step.passes):
-            if not in_one_piece:
-                tokens, live = self._score(step, index)
-            places = step.batch.places(mine)
+
+        def learn(index: int) -> None:
+            tokens, live = kept.pop() if in_one_piece else self._score(step, index)
+            places = step.batch.places(step.passes[index][0])
             mine_gradient = {name: column[places] for name, column in gradient.items()}
             loss = None if live is None else with_gradient(live, mine_gradient)
-            self._backward(loss, tokens, step.weights[places].sum() / step.total_weight)
+            self._backward(step, index, loss, tokens, step.weights[places].sum() / step.total_weight)
+
+        self._each_pass(step, learn)
         return logps, states
 
-    def _score(self, step: Step, index: int) -> tuple[TokenLogps, PairLogps | None]:
+    def _each_pass(self, step: Step, work: Callable[[int], None], *, exchanges: bool = True) -> None:
+        """Does `work` on every pass. After a shortage that can wait, nothing but what the other processes wait for."""
+        for index in range(len(step.passes)):
+            if step.shortage.found is None:
+                try:
+                    work(index)
+                except Exception as error:
+                    if not step.shortage.can_wait(error, self.policy):
+                        raise
+                    step.shortage.found = in_words(error)
+                else:
+                    continue
+                # Here, where the error no longer holds on to what the pass had allocated.
+                throw_away_gradients(self.policy)
+            if exchanges and index == len(step.passes) - 1:
+                tokens, _ = self._score(step, index, filler=True)
+                self._backward(step, index, None, tokens, step.total_weight)
+
+    def _score(self, step: Step, index: int, *, filler: bool = False) -> tuple[TokenLogps, PairLogps | None]:
         """The live log-probs of a micro-batch; None for one without pairs, which goes through the model all the same."""
         self.policy.reduce_gradients_on_backward(index == len(step.passes) - 1)
         # What is random (dropout, where it is kept) is a function of the seed, the step, the process and the micro-batch,
         # so that a batch that is scored twice is the same twice.
         entropy = [self.seed, step.number, self.processes.rank, index]
         torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        _, pairs = step.passes[index]
+        pairs = [] if filler else step.passes[index][1]
         batch, tokens = score(self.policy.scorer, pairs or [FILLER])
         return tokens, pair_logps(tokens, batch, pairs, self.wanted) if pairs else None
 
-    def _backward(self, loss: Tensor | None, tokens: TokenLogps, weight: Tensor) -> None:
+    def _backward(self, step: Step, index: int, loss: Tensor | None, tokens: TokenLogps, weight: Tensor) -> None:
         """Back-propagates a micro-batch's share of the batch's loss; `weight` is its share of the weights."""
         if loss is None:
             # Zero, but with a graph: the backward pass of the others waits for this process's part of it.
             loss = (tokens.chosen.sum() + tokens.rejected.sum()) * 0.0
         elif tokens.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * tokens.router_loss * weight
+        step.shortage.exchanging = index == len(step.passes) - 1
         # The engine averages gradients over processes; this is the one place that undoes it.
         (loss * self.processes.count).backward()  # type: ignore[no-untyped-call]

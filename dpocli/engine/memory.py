@@ -11,10 +11,10 @@ from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.models import TrainOptions
 from dpocli.data.batches import Layout
 from dpocli.data.preference import EncodedPair
-from dpocli.engine.back_off import throw_away_gradients
 from dpocli.engine.optimizers import state_bytes
 from dpocli.engine.passes import PairView, score, size_of_pass
 from dpocli.engine.policy import Policy
+from dpocli.engine.shortage import can_be_undone, throw_away_gradients
 
 PROBED_TOKENS = (2048, 6144)
 """Sizes of the two passes that are measured. From the difference follows what a token takes; the first is the smallest
@@ -79,7 +79,7 @@ def _measured(policy: Policy, training: PairView, options: TrainOptions, device:
             pairs = _some_pairs(training, tokens, layout, options.seed)
             peaks.append((size_of_pass(layout, pairs), device.peak(partial(_try, policy, pairs))))
     except Exception as error:
-        if policy.processes.count > 1 or not is_out_of_memory(error):
+        if policy.processes.count > 1 or not is_out_of_memory(error) or not can_be_undone(policy):
             raise
     if len(peaks) == 1 + len(PROBED_TOKENS):
         return fitting(peaks[1], peaks[2], device.total, state_bytes(policy, options))

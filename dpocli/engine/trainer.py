@@ -182,19 +182,23 @@ class Trainer:
 
     def _accumulate(self, step: int, positions: NDArray[np.int64], weights: Tensor) -> tuple[PairLogps, losses.States]:
         """The gradient of a step, in passes that fit into memory."""
+        shortage: str | None
         while True:
             passes = self._passes(step)
             batch = GlobalBatch(positions, self._gradients.wanted, self.processes)
+            attempt = Step(step, passes, batch, weights)
             try:
-                found = self._gradients.accumulate(Step(step, passes, batch, weights), self.loss_states)
+                found = self._gradients.accumulate(attempt, self.loss_states)
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                shortage = in_words(error)
+                shortage, together = in_words(error), self.processes.count == 1
             else:
-                self._back_off.tell(step)
-                return found
-            self._back_off.after(step, passes, shortage)
+                if not self.processes.any(attempt.shortage.found is not None):
+                    self._back_off.tell(step)
+                    return found
+                shortage, together = attempt.shortage.found, True
+            self._back_off.after(step, passes, shortage, together=together)
             self._ahead.clear()  # which was cut by the larger budget
 
     def _passes(self, step: int) -> list[Pass]:

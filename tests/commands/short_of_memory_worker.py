@@ -1,4 +1,4 @@
-"""A dpocli whose second process runs out of memory in its first step: `python -m tests.commands.short_of_memory_worker …`."""
+"""A dpocli whose second process has memory for passes of `LIMIT` tokens: `python -m tests.commands.short_of_memory_worker …`."""
 
 import os
 from typing import Any
@@ -6,17 +6,23 @@ from typing import Any
 import torch
 
 from dpocli.cli import main
-from dpocli.engine.gradients import Gradients, Step
+from dpocli.engine.trainer import Trainer
+from tests.commands.test_back_off import PLACES, fail_at
 
-score = Gradients._score
+step = Trainer.step
 
 
-def short(gradients: Gradients, step: Step, index: int) -> Any:
-    if os.environ["RANK"] == "1":
+def fail(tokens: int) -> None:
+    if tokens > int(os.environ["LIMIT"]):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return score(gradients, step, index)
+
+
+def first_step(trainer: Trainer, number: int) -> Any:
+    if number == 1 and os.environ["RANK"] == "1":
+        fail_at(os.environ.get("PLACE", PLACES[1]), trainer.policy.scorer.model, fail)
+    return step(trainer, number)
 
 
 if __name__ == "__main__":
-    Gradients._score = short  # type: ignore[method-assign]
+    Trainer.step = first_step  # type: ignore[method-assign]
     main()
