@@ -16,6 +16,8 @@ from dpocli.engine.stop import EarlyStop
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.commands.warmed_up"])
 PATIENCE = 300
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dpocli")
+"""For the tests of what only a real launcher does."""
 
 
 Environment = Callable[[int, int, int], dict[str, str]]

@@ -14,7 +14,7 @@ from torch import nn
 from dpocli.engine.gradients import Gradients, Step
 from dpocli.engine.trainer import Trainer
 from tests.commands.conftest import MODEL, Run, metrics_of, start
-from tests.commands.test_two_processes import TORCHRUN
+from tests.commands.ranks import TORCHRUN
 
 ERRORS = {
     "on a GPU": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -13,7 +13,7 @@ from dpocli.artifacts.metrics_log import MetricsLog
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.engine.best import BestCheckpoint
 from dpocli.engine.trainer import Trainer
-from tests.commands.conftest import MODEL, Run, metrics_of, quiet, start
+from tests.commands.conftest import MODEL, Run, metrics_of, quiet, start, tensors_of
 from tests.commands.test_kill import steps_done, wait_until
 
 # With so high a rate the held-out loss is at its best after the second step.
@@ -69,10 +69,11 @@ def test_the_run_ends_where_the_held_out_loss_has_stopped_to_improve(undisturbed
 def test_the_model_is_the_best_one_and_its_checkpoint_stays(undisturbed: Path) -> None:
     assert names(undisturbed) == ["best.json", "step-2", "step-6", "step-8"]
     assert summary_of(undisturbed)["model_step"] == 2
-    saved, last = (load_file(undisturbed / "checkpoints" / f"step-{step}" / "model.safetensors") for step in (2, 8))
+    saved, last = (tensors_of(undisturbed / "checkpoints" / f"step-{step}") for step in (2, 8))
     model = load_file(undisturbed / "model" / "model.safetensors")
-    assert all(torch.equal(model[name], saved[name].to(model[name].dtype)) for name in model if name in saved)
-    assert not all(torch.equal(saved[name], last[name]) for name in saved)
+    assert model
+    assert all(torch.equal(weight, saved[f"model/{name}"].to(weight.dtype)) for name, weight in model.items())
+    assert not all(torch.equal(saved[f"model/{name}"], last[f"model/{name}"]) for name in model)
 
 
 def test_evaluate_finds_the_best_models_figures(
@@ -188,7 +189,7 @@ def test_killed_by_a_signal_it_ends_with_the_same_bits(
 ) -> None:
     out = tmp_path / "killed"
     process = start(*line(cache, held_out_cache, out))
-    wait_until(lambda: steps_done(out) >= after or process.poll() is not None)
+    wait_until(lambda: steps_done(out) >= after, process)
     process.kill()
     process.communicate()
     result = dpocli(*line(cache, held_out_cache, out))

@@ -1,21 +1,15 @@
 """Replicas on two processes give what one process gives: the same pairs in every step, the same losses."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, start
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dpocli")
-
-
-def on_two(*arguments: object) -> None:
-    process = start(*arguments, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of
+from tests.commands.ranks import on_processes
 
 
 def assert_same_metrics(run: Path, other: Path) -> None:
@@ -36,7 +30,7 @@ def test_training_on_two_processes_equals_one(cache: Path, held_out_cache: Path,
     rate = ("--learning-rate", "3e-4")
     result = dpocli(*line, *rate, *settings, "--out", one)
     assert result.code == 0, result.err
-    on_two(*line, *rate, *settings, "--out", two)
+    on_processes(2, *line, *rate, *settings, "--out", two)
     assert_same_metrics(one, two)
     weights, other_weights = (load_file(out / "model" / "model.safetensors") for out in (one, two))
     for name, weight in weights.items():
@@ -55,7 +49,7 @@ def test_a_run_goes_on_with_another_number_of_processes(cache: Path, tmp_path: P
             file.unlink()
         path.rmdir()
     (moved / "summary.json").unlink()
-    on_two(*line, "--out", moved, "--max-steps", 6, "--save-every", 3)
+    on_processes(2, *line, "--out", moved, "--max-steps", 6, "--save-every", 3)
     assert_same_metrics(undisturbed, moved)
 
 
@@ -63,10 +57,10 @@ def test_precompute_and_evaluate_share_the_work(tmp_path: Path, dpocli: Run) -> 
     one, two = tmp_path / "one", tmp_path / "two"
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 48, "--rows-per-part", 8)
     assert dpocli(*line, "--out", one).code == 0
-    on_two(*line, "--out", two)
+    on_processes(2, *line, "--out", two)
     assert sorted(path.name for path in two.glob("rows-*")) == sorted(path.name for path in one.glob("rows-*"))
     reports = {}
-    for name, run in (("one", lambda *line: dpocli(*line)), ("two", on_two)):
+    for name, run in (("one", lambda *line: dpocli(*line)), ("two", partial(on_processes, 2))):
         out = tmp_path / f"report-{name}"
         run("evaluate", "--model", MODEL, "--data", HELD_OUT, "--limit", 30, "--loss", "simpo", "--out", out)
         reports[name] = json.loads((out / "metrics.json").read_text())
