@@ -47,6 +47,8 @@ def main(work: Path) -> None:
     reference = ("--reference", work / "ref")
     timed("train", "--model", model, *reference, "--out", work / "run", "--batch-size", 32, "--max-steps", 8,
           "--save-every", 100, "--json")  # fmt: skip
+    timed("train", "--model", model, *reference, "--out", work / "run-lora", "--batch-size", 32, "--max-steps", 8,
+          "--save-every", 100, "--lora-rank", 16, "--json")  # fmt: skip
     timed("evaluate", "--model", work / "run" / "model", *reference, "--out", work / "report", "--json")
 
 
