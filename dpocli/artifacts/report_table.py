@@ -7,7 +7,7 @@ from dpocli.config.loss_choice import LossChoice
 from dpocli.progress import format_value
 from dpocli.terminal import Printer
 
-LONGEST_NAME = 34
+LONGEST_NAME = 28
 MANY_TIES = 0.5
 """Share of pairs, beyond which accuracies mislead."""
 
