@@ -12,7 +12,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
-from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
+from dpocli.commands.tiles import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
@@ -188,7 +188,8 @@ def _encoded(
     # A scratch directory may be shared by runs on other rows: there, each set of pairs has a name of its own.
     needs_name = options.scratch or beside is not None
     directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if needs_name else "pairs")
-    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, say=terminal.warn)
+    kept = types_of_kept(rows, options.keep_columns)
+    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=terminal.warn)
     writer.check()
     tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
     missing = writer.missing(processes.rank, processes.count)

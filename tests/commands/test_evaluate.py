@@ -1,6 +1,7 @@
 """`evaluate` from the command line: several models, gates, slices, a second reference, several processes."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from dpocli.commands import evaluate
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.errors import ExitCode
 from tests.caches import with_other_values
+from tests.commands.broken_inputs import replace_json, swap_two_tokens
 from tests.commands.conftest import HELD_OUT, MODEL, Run, quiet
-from tests.commands.ranks import on_processes
+from tests.commands.ranks import ended, on_processes
 
 SETTINGS = ("--learning-rate", "1e-3", "--batch-size", "20", "--beta", "0.3")
 
@@ -128,6 +130,23 @@ def test_models_of_other_losses_are_compared_by_accuracy_only(
     assert comparison["accuracy_difference"] is not None
 
 
+def test_models_of_other_tokenizers_are_compared_by_accuracy_over_raw_rows(
+    runs: Mapping[int, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    """Each encodes the rows with its own tokenizer; the rows are the same."""
+    other = shutil.copytree(runs[6], tmp_path / "other")
+    replace_json(other / "tokenizer.json", swap_two_tokens)
+    line = ("evaluate", "--data", HELD_OUT, "--limit", 12, "--loss", "simpo", "--model", runs[6], "--model")
+    result = dpocli(*line, other, "--out", tmp_path / "r", "--json")
+    assert result.code == 0, result.err
+    (comparison,) = result.json["comparisons"]
+    assert (comparison["pairs"], comparison["margin_difference"]) == (12, None)
+    assert comparison["why_no_margin"] == "the tokenizers differ"
+    same = dpocli(*line, runs[2], "--out", tmp_path / "same", "--json")
+    assert same.json["comparisons"][0]["margin_difference"] is not None
+    assert not list((tmp_path / "same").glob("pairs-*"))  # encoded once
+
+
 # gates
 
 
@@ -195,7 +214,7 @@ def test_kept_columns_make_slices(tmp_path: Path, dpocli: Run) -> None:
     }
     assert pq.read_table(tmp_path / "r" / "pairs.parquet")["kept/fault"].to_pylist() == faults
     assert "reference" not in result.json["accuracies"]
-    without = dpocli(*line, "--out", tmp_path / "r")
+    without = dpocli(*line, "--out", tmp_path / "without")
     assert (without.code, "--slice-by fault: the pairs carry no such column" in without.err) == (ExitCode.USAGE, True)
 
 
@@ -274,3 +293,6 @@ def test_two_processes_find_the_same_figures_and_one_gate(
     on_processes(2, *line, "--out", two)
     reports = [json.loads((out / "metrics.json").read_text()) for out in (one, two)]
     assert_alike(*reports)
+    codes, said = ended(2, *line, "--require", "brier>1", "--out", two)
+    assert codes == [ExitCode.GATE] * 2, said
+    assert json.loads((two / "status.json").read_text())["exit_code"] == ExitCode.GATE
