@@ -52,6 +52,12 @@ class NumericsError(DpoError):
     exit_code = ExitCode.NUMBERS
 
 
+class GateError(DpoError):
+    """A figure is not as `--require` wants it. Everything is written by then."""
+
+    exit_code = ExitCode.GATE
+
+
 class ResourceError(DpoError):
     """Out of memory or disk after every fall-back."""
 

@@ -23,6 +23,7 @@ from dpocli import __version__
 from dpocli.artifacts.cache_format import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
 from dpocli.config.foreign import FOREIGN_OPTIONS
+from dpocli.config.gates import ALIASES
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import PrecomputeOptions, TrainOptions
 from dpocli.config.shared_options import LossOptions
@@ -169,6 +170,10 @@ def test_the_table_of_exit_codes_is_the_enumeration():
     rows = {int(code): state for code, _, state in table("Stopping, resuming, exit codes")}
     states = {ExitCode.DONE: "done", ExitCode.PREEMPTED: "preempted"}
     assert rows == {code: states.get(code, "failed") for code in ExitCode}
+
+
+def test_every_name_that_gates_know_is_listed():
+    assert {*ALIASES} <= {*re.findall(r"`(\w+)`", README.partition("\n#### Gates\n")[2].partition("\n## ")[0])}
 
 
 def test_names_from_trl_are_recognised():

@@ -1,13 +1,15 @@
 """What `evaluate` knows of each pair: the log-probs, and what each loss makes of them."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dpocli.artifacts.bootstrap import Clusters
+from dpocli.artifacts.slices import KEPT
 from dpocli.config.loss_choice import LossChoice
 from dpocli.data.preference import EncodedPair
 from dpocli.objective.logps import PairLogps, Wanted
@@ -37,9 +39,14 @@ class ScoredPairs:
 
     @classmethod
     def of(
-        cls, positions: NDArray[np.int64], pairs: Sequence[EncodedPair], logps: PairLogps, wanted: Wanted
+        cls,
+        positions: NDArray[np.int64],
+        pairs: Sequence[EncodedPair],
+        logps: PairLogps,
+        wanted: Wanted,
+        kept: Sequence[str] = (),
     ) -> "ScoredPairs":
-        """The pairs of one micro-batch."""
+        """The pairs of one micro-batch. `kept`: the columns of their data that are carried along."""
         about = {
             "row": np.array([pair.row for pair in pairs], dtype=np.int64),
             "pair_id": np.array([pair.pair_id for pair in pairs]),
@@ -47,7 +54,13 @@ class ScoredPairs:
             "weight": np.array([pair.weight for pair in pairs], dtype=np.float64),
             "chosen_tokens": np.array([pair.num_chosen_tokens for pair in pairs], dtype=np.int64),
             "rejected_tokens": np.array([pair.num_rejected_tokens for pair in pairs], dtype=np.int64),
+            "prompt_tokens": np.array([len(pair.prompt_ids) for pair in pairs], dtype=np.int64),
+            "num_turns": np.array([pair.num_turns for pair in pairs], dtype=np.int64),
+            "prompt_hash": np.array([pair.prompt_hash for pair in pairs], dtype=np.uint64),
         }
+        for name in kept:
+            values = about[KEPT + name] = np.empty(len(pairs), dtype=object)
+            values[:] = [pair.kept.get(name) for pair in pairs]
         return cls(positions, about, logps.matrix().cpu().numpy(), wanted)
 
     @classmethod
@@ -78,13 +91,20 @@ class PairTable:
     """Their names. The columns of the first have plain names; those of the others begin with the loss's."""
 
     @classmethod
-    def of(cls, scored: ScoredPairs, losses: Mapping[str, LossChoice], states: Mapping[str, States]) -> "PairTable":
+    def of(
+        cls,
+        scored: ScoredPairs,
+        losses: Mapping[str, LossChoice],
+        states: Mapping[str, States],
+        noise_per_token: float = 0.0,
+    ) -> "PairTable":
         """What each loss makes of the pairs, which are one batch to a loss of the whole batch.
 
         Args:
             scored: in the order of the cache.
             losses: by name.
             states: by name of the loss, what it remembers from the training.
+            noise_per_token: of the log-prob of one token by rounding, nats.
         """
         logps = scored.logps
         table = cls(dict(scored.about), tuple(losses))
@@ -92,27 +112,55 @@ class PairTable:
             if column in scored.wanted.names:
                 table.columns[name] = logps.columns()[column].numpy()
         for name, loss in losses.items():
-            output = compute(loss, logps, states.get(name))
-            values = {
-                "chosen_rewards": output.chosen_rewards,
-                "rejected_rewards": output.rejected_rewards,
-                "margins": output.chosen_rewards - output.rejected_rewards,
-                "losses": output.losses,
-            }
-            for kind, values_of_pairs in values.items():
-                table.columns[table.name_of(name, kind)] = values_of_pairs.numpy()
+            for kind, values in values_of(loss, logps, states.get(name), noise_per_token).items():
+                table.columns[table.name_of(name, kind)] = values
         return table
 
     def name_of(self, loss: str, kind: str) -> str:
-        """The column of a loss's `chosen_rewards`, `rejected_rewards`, `margins` or `losses`."""
+        """The column of a loss's `chosen_rewards`, `rejected_rewards`, `margins`, `losses` or `noise`."""
         return kind if loss == self.losses[0] else f"{loss}/{kind}"
 
     def column(self, name: str) -> NDArray[Any]:
         return self.columns[name]
 
-    def where(self, mask: NDArray[np.bool_]) -> "PairTable":
-        """The pairs for which `mask`, shape (pairs,), is true."""
-        return PairTable({name: values[mask] for name, values in self.columns.items()}, self.losses)
+    def where(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "PairTable":
+        """Some of the pairs, by mask or by position."""
+        return PairTable({name: values[chosen] for name, values in self.columns.items()}, self.losses)
+
+    @property
+    def clusters(self) -> Clusters:
+        """The pairs by prompt."""
+        return Clusters.of(self.columns["prompt_hash"])
 
     def __len__(self) -> int:
         return len(self.columns["row"])
+
+
+def values_of(
+    loss: LossChoice, logps: PairLogps, states: States | None, noise_per_token: float
+) -> dict[str, NDArray[np.float64]]:
+    """What a loss makes of pairs, by kind; each of shape (pairs,).
+
+    `noise` is how far rounding may move a margin. The log-prob of a token is off by e = `noise_per_token`, up as often as
+    down, so a side of n tokens by e√n; what the loss makes of that is found by moving the side and looking, since losses
+    scale and normalise differently; the two sides are independent: √(chosen² + rejected²).
+    """
+    output = compute(loss, logps, states)
+    moved = compute(
+        loss,
+        replace(
+            logps,
+            policy_chosen=logps.policy_chosen + noise_per_token * logps.chosen_tokens.sqrt(),
+            policy_rejected=logps.policy_rejected + noise_per_token * logps.rejected_tokens.sqrt(),
+        ),
+        states,
+    )
+    shifts = moved.chosen_rewards - output.chosen_rewards, moved.rejected_rewards - output.rejected_rewards
+    values = {
+        "chosen_rewards": output.chosen_rewards,
+        "rejected_rewards": output.rejected_rewards,
+        "margins": output.chosen_rewards - output.rejected_rewards,
+        "losses": output.losses,
+        "noise": torch.hypot(*shifts),
+    }
+    return {kind: column.numpy() for kind, column in values.items()}

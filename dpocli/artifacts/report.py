@@ -1,115 +1,185 @@
-"""What `evaluate` finds: the figures made of per-pair values, and the files and the table that show them."""
+"""What `evaluate` finds: the figures made of per-pair values, as `metrics.json` holds them, and the files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
+from dpocli.artifacts.bootstrap import mean_interval
 from dpocli.artifacts.files import write_atomically
 from dpocli.artifacts.pair_table import PairTable
+from dpocli.artifacts.slices import KEPT, slices
+from dpocli.artifacts.statistics import accuracies, calibration, log_ratios, reward_length_correlation, rewards
 from dpocli.config.loss_choice import LossChoice
-from dpocli.terminal import Printer
+from dpocli.terminal import without_nan
 
-FORMAT_VERSION = 1
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+FORMAT_VERSION = 2
 
 
-def figures(table: PairTable, losses: Mapping[str, LossChoice]) -> dict[str, Any]:
-    """What `metrics.json` holds: the whole, the same by `source` where there are several, and every loss by name.
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """A model and what it makes of the pairs."""
 
-    What is of no particular loss, and the first loss, stand at the top.
-    """
-    sources = table.column("source")
+    name: str
+    """As given to --model."""
+    table: PairTable
+    losses: Mapping[str, LossChoice]
+    """By name; the first is the one that models are compared by."""
+    step: int | None = None
+    """Of the training that made it."""
+    extra: Mapping[str, Any] | None = None
+    """Further figures of this model."""
+
+    @property
+    def loss(self) -> LossChoice:
+        return self.losses[self.table.losses[0]]
+
+
+def report_of(models: Sequence[Evaluated]) -> dict[str, Any]:
+    """What `metrics.json` holds: the figures of the first model at the top, then those of each, and the comparisons."""
+    first = models[0]
+    found = [_of_model(model) for model in models]
+    sources = first.table.column("source")
     names = sorted(set(sources.tolist()))
-    first = table.losses[0]
-    slices = {name: _figures(table.where(sources == name), first) for name in names} if len(names) > 1 else {}
+    by_source = {
+        name: _whole(first.table.where(sources == name), first.table.losses[0]) for name in names if len(names) > 1
+    }
+    by_loss = {
+        name: {"loss_choice": loss.model_dump()} | _rewards(first.table, name)
+        for name, loss in first.losses.items()
+        if len(first.losses) > 1
+    }
     return {
         "format": FORMAT_VERSION,
-        "loss_choice": losses[first].model_dump(),
-        **_figures(table, first),
-        "by_source": slices,
-        "by_loss": {
-            name: {"loss_choice": loss.model_dump()} | _rewards(table, name)
-            for name, loss in losses.items()
-            if len(losses) > 1
-        },
+        **found[0],
+        "by_source": by_source,
+        "by_loss": by_loss,
+        "models": [
+            {"name": model.name, "step": model.step} | figures for model, figures in zip(models, found, strict=True)
+        ],
+        "comparisons": [compare(model, first) for model in models[1:]],
     }
 
 
-def _figures(table: PairTable, loss: str) -> dict[str, Any]:
-    means = {
-        "logps/chosen": table.column("policy_chosen_logps"),
-        "logps/rejected": table.column("policy_rejected_logps"),
+def compare(model: Evaluated, against: Evaluated) -> dict[str, Any]:
+    """A model less another on the same pairs: the interval is of the paired difference, since both know the same hard ones.
+
+    Margins of other losses, or numbers of them, have another scale, and those of other tokens are sums of something else.
+    """
+    mine, theirs = _on_the_same_rows(model.table, against.table)
+    clusters = theirs.clusters
+    right, right_there = (table.column("margins") > 0 for table in (mine, theirs))
+    change = right.astype(np.float64) - right_there
+    found: dict[str, Any] = {
+        "model": model.name,
+        "against": against.name,
+        "pairs": len(mine),
+        "accuracy_difference": float(change.mean()),
+        "accuracy_interval": list(mean_interval(change, clusters)),
+        "margin_difference": None,
+        "margin_interval": None,
     }
-    if "ref_chosen_logps" in table.columns:
-        chosen = means["logps/chosen"] - table.column("ref_chosen_logps")
-        rejected = means["logps/rejected"] - table.column("ref_rejected_logps")
-        means |= {
-            "logratios/chosen": chosen,
-            "logratios/rejected": rejected,
-            "logratios/margins": chosen - rejected,
-            "logratios/accuracies": chosen > rejected,
-        }
-    return (
-        {"pairs": len(table)} | _rewards(table, loss) | {name: float(column.mean()) for name, column in means.items()}
+    if model.loss != against.loss:
+        return found | {"why_no_margin": f"the losses differ: {model.loss} and {against.loss}"}
+    if (mine.column("pair_id") != theirs.column("pair_id")).any():
+        return found | {"why_no_margin": "the tokenizers differ"}
+    change = mine.column("margins") - theirs.column("margins")
+    return found | {
+        "margin_difference": float(change.mean()),
+        "margin_interval": list(mean_interval(change, clusters)),
+    }
+
+
+def _on_the_same_rows(one: PairTable, other: PairTable) -> tuple[PairTable, PairTable]:
+    """Both less the pairs that only one has: tokenizers differ in what is too long."""
+    _, places, places_there = np.intersect1d(
+        one.column("row"), other.column("row"), assume_unique=True, return_indices=True
     )
+    return one.where(places), other.where(places_there)
+
+
+def _of_model(model: Evaluated) -> dict[str, Any]:
+    table, name = model.table, model.table.losses[0]
+    right, margins = table.column("chosen_rewards") > table.column("rejected_rewards"), table.column("margins")
+    return {
+        "loss_choice": model.loss.model_dump(),
+        **_whole(table, name),
+        "slices": slices(table.columns, right, margins, table.clusters),
+        **(model.extra or {}),
+    }
+
+
+def _whole(table: PairTable, loss: str) -> dict[str, Any]:
+    clusters = table.clusters
+    tokens = table.column("chosen_tokens"), table.column("rejected_tokens")
+    sides = table.column(table.name_of(loss, "chosen_rewards")), table.column(table.name_of(loss, "rejected_rewards"))
+    return {
+        "pairs": len(table),
+        "prompts": clusters.count,
+        "interval": clusters.describe(),
+        **_rewards(table, loss),
+        **log_ratios(table.columns),
+        "accuracies": accuracies(table.columns, clusters),
+        "calibration": calibration(table.column(table.name_of(loss, "margins"))),
+        "correlation/reward_length": reward_length_correlation(*sides, *tokens),
+    }
 
 
 def _rewards(table: PairTable, loss: str) -> dict[str, Any]:
     """What a loss and its rewards say of the pairs."""
-    chosen, rejected, margins, losses = (
-        table.column(table.name_of(loss, kind)) for kind in ("chosen_rewards", "rejected_rewards", "margins", "losses")
-    )
+    kinds = ("chosen_rewards", "rejected_rewards", "noise", "losses")
+    chosen, rejected, noise, losses = (table.column(table.name_of(loss, kind)) for kind in kinds)
     weights = table.column("weight")
     return {
         "loss": float((weights * losses).sum() / weights.sum()) if weights.sum() else None,
-        "rewards/accuracies": float((chosen > rejected).mean()),
-        "rewards/ties": float((chosen == rejected).mean()),
-        "rewards/margins": float(margins.mean()),
-        "rewards/margins_quantiles": {
-            f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(margins, QUANTILES), strict=True)
-        },
-        "rewards/chosen": float(chosen.mean()),
-        "rewards/rejected": float(rejected.mean()),
+        **rewards(chosen, rejected, noise, table.clusters),
     }
 
 
-def write_report(directory: Path, report: dict[str, Any], table: PairTable) -> None:
-    """Writes `metrics.json` and `pairs.parquet`, each whole or not at all."""
-    arrow = pa.table({name: pa.array(values.tolist()) for name, values in table.columns.items()})
-    write_atomically(directory / "pairs.parquet", lambda file: pq.write_table(arrow, file, compression="zstd"))
-    write_atomically(directory / "metrics.json", json.dumps(report, indent=2) + "\n")
+def write_report(directory: Path, report: dict[str, Any], models: Sequence[Evaluated]) -> None:
+    """Writes `metrics.json` and `pairs.parquet`, each whole or not at all.
+
+    The columns of the second model begin with `model-2/`, and so on; they are null where it has no such pair.
+    """
+    columns = {name: _arrow(values) for name, values in models[0].table.columns.items()}
+    rows = models[0].table.column("row")
+    for number, model in enumerate(models[1:], start=2):
+        places = _places(rows, model.table.column("row"))
+        for name, values in model.table.columns.items():
+            if not (name in SHARED or name.startswith(KEPT)):
+                columns[f"model-{number}/{name}"] = _arrow(values).take(pa.array(places, mask=places < 0))
+    write_atomically(
+        directory / "pairs.parquet", lambda file: pq.write_table(pa.table(columns), file, compression="zstd")
+    )
+    write_atomically(directory / "metrics.json", json.dumps(without_nan(report), indent=2) + "\n")
 
 
-def render(printer: Printer, report: dict[str, Any]) -> None:
-    """The table on the terminal: a line for everything, then one per source, or one per loss."""
-    lines = [("all", report), *report["by_source"].items()]
-    title = f"{report['model']}: rewards of {LossChoice.model_validate(report['loss_choice'])}"
-    if report["by_loss"]:
-        _table(printer, f"{report['model']}: by loss", list(report["by_loss"].items()), report["pairs"])
-    if len(lines) > 1 or not report["by_loss"]:
-        _table(printer, title, lines)
-    printer.say("Accuracy counts a pair as right when its chosen reward is strictly higher; a tie is not right.")
+SHARED = (
+    *("row", "source", "weight", "num_turns", "prompt_hash", "ref_chosen_logps", "ref_rejected_logps"),
+    *("second_ref_chosen_logps", "second_ref_rejected_logps"),
+)
+"""Columns that say the same of a pair whatever the model."""
 
 
-def _table(printer: Printer, title: str, lines: list[tuple[str, dict[str, Any]]], pairs: int | None = None) -> None:
-    columns = ["", "pairs", "accuracy", "ties", "margin", "median", "5%", "95%", "chosen", "rejected", "loss"]
-    rows = [
-        [
-            name or "(none)",
-            entry.get("pairs", pairs),
-            entry["rewards/accuracies"],
-            entry["rewards/ties"],
-            entry["rewards/margins"],
-            *(entry["rewards/margins_quantiles"][q] for q in ("0.5", "0.05", "0.95")),
-            entry["rewards/chosen"],
-            entry["rewards/rejected"],
-            entry["loss"],
-        ]
-        for name, entry in lines
-    ]
-    printer.table(title, columns, rows)
+def _places(rows: NDArray[np.int64], among: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Of each row, where it stands in `among`, which is sorted; -1 where it does not. Shape of `rows`."""
+    places = np.minimum(np.searchsorted(among, rows), len(among) - 1)
+    return np.where(among[places] == rows, places, -1)
+
+
+def _arrow(values: NDArray[Any]) -> pa.Array:
+    if values.dtype != object:
+        return pa.array(values.tolist() if values.dtype.kind == "U" else values, from_pandas=True)  # NaN: null
+    items = values.tolist()
+    if {type(item) for item in items if item is not None} <= {str} or len({type(item) for item in items}) == 1:
+        try:
+            return pa.array(items)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            pass
+    return pa.array([None if item is None else json.dumps(item, ensure_ascii=False) for item in items])

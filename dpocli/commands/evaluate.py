@@ -1,7 +1,9 @@
-"""`dpocli evaluate`: reward accuracy and margins of a policy over a cache."""
+"""`dpocli evaluate`: is a model better than where it started, how sure are we, and on what?"""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,21 +11,23 @@ from numpy.typing import NDArray
 
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.pair_table import PairTable, ScoredPairs
-from dpocli.artifacts.report import figures, render, write_report
+from dpocli.artifacts.report import Evaluated, report_of, write_report
+from dpocli.artifacts.report_table import render
 from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.artifacts.second_reference import add_second_reference, open_second
+from dpocli.commands.candidates import Candidate, candidates
+from dpocli.commands.gates import check_gates, judge_gates
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
-from dpocli.config.loss_choice import LossChoice, named
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
-from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.mesh import Processes, joined, pick_device
 from dpocli.engine.model import dtype_name, environment, pick_dtype
 from dpocli.engine.passes import FILLER, PairView, my_passes, score, token_budget
-from dpocli.engine.saved_model import Provenance
 from dpocli.engine.sharding import frozen_scorer
+from dpocli.engine.step0 import TOLERANCE
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.throughput import Throughput
-from dpocli.errors import NumericsError, PreemptedError
+from dpocli.errors import NumericsError, PreemptedError, UsageError
 from dpocli.objective.logps import Wanted, pair_logps
 from dpocli.objective.scoring import PairScorer
 from dpocli.progress import Progress
@@ -34,57 +38,125 @@ PAIRS_AT_ONCE = 4096
 
 
 def run(options: EvaluateOptions, terminal: Terminal) -> None:
-    """Scores every pair with the policy, once, and reports what the rewards of each loss say."""
+    """Scores every pair with each model, one model after the other, and reports what the rewards of each loss say."""
     device = pick_device(options.device, options.launcher)
-    files = locate_model(options)
-    provenance = Provenance.of(files.adapter or files.directory)
-    files = replace(files, quantization=files.quantization or provenance.quantization)
-    by_name = named(options.loss_choices(provenance.loss))
-    losses = list(by_name.values())
-    check_inputs(options, losses, provenance.trained_from)
-    inputs = Inputs.open(options, losses, load_tokenizer(files, options), terminal)
+    models = candidates(options)
+    inputs = []
+    for model in models:  # all of them, before the first pair is scored
+        losses = list(model.losses.values())
+        check_inputs(options, losses, model.provenance.trained_from)
+        inputs.append(Inputs.open(options, losses, model.tokenizer, terminal))
     with (
         joined(device, options.launcher) as processes,
         RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
         StopFlag() as stop,
     ):
-        store = inputs.pairs(options.scratch or options.out, processes, terminal)
-        for loss in losses:
-            check_weights(loss, [PairView(store, np.arange(len(store)))])
+        stores: list[PairStore] = []
+        for model, each in zip(models, inputs, strict=True):
+            first = stores[0] if stores else None
+            reads_the_same = first is not None and options.reference is not None
+            scratch = options.scratch or options.out
+            stores.append(first if first and reads_the_same else each.pairs(scratch, processes, terminal, beside=first))
+            for loss in model.losses.values():
+                check_weights(loss, [PairView(stores[-1], np.arange(len(stores[-1])))])
+        _check_slices(options.slice_by, stores[0])
+        second = open_second(options.second_reference, stores[0]) if options.second_reference else None
+        check_gates(options.gates, models, stores, second)
         out.write_config(options)
-        _tell_other_reference(provenance, store, terminal)
-        dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
-        wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
-        budget = token_budget(options.token_budget, device)
-        scorer = frozen_scorer(
-            files, options, dtype, processes.team(options.shards), budget, collision=wanted.collision
-        )
-
-        tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
-        settle(scorer, tried, options.scoring, processes, terminal.say)
-        throughput = Throughput(scorer)
 
         def go_on() -> None:
             if processes.any(bool(stop) or out.stop_requested()):
                 raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
 
-        with terminal.progress(len(store), "evaluate") as progress, throughput.clock():
-            parts = list(_scored(scorer, wanted, store, processes, progress, go_on))
-        scored = ScoredPairs.joined(processes.gather(parts))
-        _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
-        table = PairTable.of(scored, by_name, {name: _states(loss, provenance) for name, loss in by_name.items()})
-        for name in by_name:
-            _check_finite(scored.rows, table.column(table.name_of(name, "losses"))[:, None], f"losses ({name})")
-        report = figures(table, by_name) | {
-            "model": options.model,
+        evaluated, scoring = [], []
+        for model, store in zip(models, stores, strict=True):
+            job = Job(options, model, store, second, processes, terminal, go_on)
+            found, throughput = job.evaluated()
+            evaluated.append(found)
+            scoring.append(throughput)
+            gc.collect()  # a model holds on to itself in circles, and the next one needs its place
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        report = report_of(evaluated) | {
+            "model": models[0].name,
             "reference": str(options.reference) if options.reference else None,
-            "dtype": dtype_name(dtype),
+            "dtype": dtype_name(_dtype(options, stores[0], device)),
             "environment": environment(device),
-            "scoring": throughput.summary(),
+            "scoring": scoring[0],
         }
+        failed = judge_gates(options.gates, report)
         if processes.is_first:
-            write_report(options.out, report, table)
+            write_report(options.out, report, evaluated)
         terminal.result(report, lambda printer: render(printer, report))
+        if failed:
+            raise failed
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One model over the pairs."""
+
+    options: EvaluateOptions
+    model: Candidate
+    store: PairStore
+    second: PairStore | None
+    processes: Processes
+    terminal: Terminal
+    go_on: Callable[[], None]
+
+    def evaluated(self) -> tuple[Evaluated, dict[str, Any]]:
+        """What it makes of the pairs, and how fast. It is out of memory again by then."""
+        model, losses = self.model, self.model.losses
+        _tell_other_reference(model, self.store, self.terminal)
+        dtype = _dtype(self.options, self.store, self.processes.device)
+        scored, throughput = self._scored(dtype)
+        noise = TOLERANCE[dtype]
+        _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
+        table = PairTable.of(scored, losses, model.states, noise)
+        for name in losses:
+            _check_finite(scored.rows, table.column(table.name_of(name, "losses"))[:, None], f"losses ({name})")
+        extra = {}
+        if self.second is not None:
+            name = table.losses[0]
+            extra["second_reference"] = add_second_reference(
+                table, self.second, scored, losses[name], model.states[name], noise
+            )
+        return Evaluated(model.name, table, losses, model.provenance.step, extra), throughput
+
+    def _scored(self, dtype: torch.dtype) -> tuple[ScoredPairs, dict[str, Any]]:
+        options, store, processes = self.options, self.store, self.processes
+        needs = {need for loss in self.model.losses.values() for need in loss.needs}
+        wanted = Wanted.by(needs, has_reference=store.has_reference)
+        scorer = frozen_scorer(
+            self.model.files,
+            self.model.options,
+            dtype,
+            processes.team(options.shards),
+            token_budget(options.token_budget, processes.device),
+            collision=wanted.collision,
+        )
+        tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
+        settle(scorer, tried, options.scoring, processes, self.terminal.say)
+        throughput = Throughput(scorer)
+        what = "evaluate" if len(options.model) == 1 else f"evaluate {self.model.name}"
+        with self.terminal.progress(len(store), what) as progress, throughput.clock():
+            parts = list(_scored(scorer, wanted, store, processes, progress, self.go_on, options.slice_by))
+        return ScoredPairs.joined(processes.gather(parts)), throughput.summary()
+
+
+def _dtype(options: EvaluateOptions, store: PairStore, device: torch.device) -> torch.dtype:
+    return pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
+
+
+def _check_slices(names: Sequence[str], store: PairStore) -> None:
+    """Raises UsageError where the pairs carry no column of such a name."""
+    kept = store.load([0])[0].kept
+    if unknown := [name for name in names if name not in kept]:
+        there = f"there are {', '.join(kept)}" if kept else "there is none"
+        raise UsageError(
+            f"--slice-by {unknown[0]}: the pairs carry no such column; {there}. Keep it with --keep-columns {unknown[0]} where "
+            "the data are read: in precompute, or here with --data."
+        )
 
 
 def _scored(
@@ -94,6 +166,7 @@ def _scored(
     processes: Processes,
     progress: Progress,
     go_on: Callable[[], None],
+    kept: Sequence[str],
 ) -> Iterator[ScoredPairs]:
     """This process's pairs, in pieces of a window each: one a pass would weigh more than what it holds."""
     for start in range(0, len(store), PAIRS_AT_ONCE):
@@ -107,7 +180,7 @@ def _scored(
                     continue
                 logps = pair_logps(tokens, batch, pairs, wanted)
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
-            scored.append(ScoredPairs.of(start + positions, pairs, logps, wanted))
+            scored.append(ScoredPairs.of(start + positions, pairs, logps, wanted, kept))
         if scored:
             yield ScoredPairs.joined(scored)
 
@@ -122,20 +195,10 @@ def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: st
         )
 
 
-def _states(loss: LossChoice, provenance: Provenance) -> dict[str, dict[str, float]]:
-    """What the training left behind of the terms that are the same as there: other numbers have another scale."""
-    trained = {term.name: term for term in provenance.loss.terms} if provenance.loss else {}
-    return {
-        term.name: provenance.loss_states[term.name]
-        for term in loss.terms
-        if term.name in provenance.loss_states and term.numbers == trained[term.name].numbers
-    }
-
-
-def _tell_other_reference(provenance: Provenance, store: PairStore, terminal: Terminal) -> None:
-    trained_against = provenance.reference_digest
+def _tell_other_reference(model: Candidate, store: PairStore, terminal: Terminal) -> None:
+    trained_against = model.provenance.reference_digest
     if store.has_reference and trained_against and trained_against != store.fingerprint.reference_digest:
         terminal.warn(
-            "The model was trained against another reference than the one that wrote this cache: its rewards here are "
+            f"{model.name} was trained against another reference than the one that wrote this cache: its rewards here are "
             "not those that it was trained on."
         )

@@ -12,7 +12,7 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint
-from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
+from dpocli.commands.tiles import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
@@ -66,8 +66,17 @@ class Inputs:
         rows = open_rows(options) if reference is None else None
         return cls(options, tokenizer, reference, rows, held_out)
 
-    def pairs(self, scratch: Path, processes: Processes, terminal: Terminal) -> PairStore:
+    def pairs(
+        self, scratch: Path, processes: Processes, terminal: Terminal, *, beside: PairStore | None = None
+    ) -> PairStore:
         """The pairs of `--reference`; or of `--data`, encoded under `scratch` first.
+
+        Args:
+            scratch: where.
+            processes: share the encoding.
+            terminal: told of rows that are skipped.
+            beside: what another model's tokenizer made of the same rows: taken where this one's makes the same, and not
+                overwritten where it does not.
 
         Raises:
             DataError: rows cannot be read, or there is no pair to use.
@@ -75,7 +84,7 @@ class Inputs:
         store = self.reference
         if store is None:
             assert self.rows is not None
-            store = _encoded(self.options, self.tokenizer, self.rows, scratch, processes, terminal)
+            store = _encoded(self.options, self.tokenizer, self.rows, scratch, processes, terminal, beside)
         _refuse_empty(store)
         if isinstance(self.options, TrainOptions) and not store.weights.any():
             raise DataError(
@@ -122,7 +131,7 @@ def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str |
     A model that dpocli trained is compared with the one that it was trained from.
     """
     values = options.model_dump(mode="json")
-    values["model"] = trained_from or options.model
+    values["model"] = trained_from or (options.model[0] if isinstance(options, EvaluateOptions) else options.model)
     words = ["dpocli", "precompute"]
     for option in options_of(PrecomputeOptions):
         value = "reference/" if option.field == "out" else values.get(option.field)
@@ -169,13 +178,18 @@ def _encoded(
     scratch: Path,
     processes: Processes,
     terminal: Terminal,
+    beside: PairStore | None,
 ) -> PairStore:
     fingerprint = build_fingerprint(
         options, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
     )
+    if beside is not None and beside.fingerprint.digest == fingerprint.digest:
+        return beside
     # A scratch directory may be shared by runs on other rows: there, each set of pairs has a name of its own.
-    directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if options.scratch else "pairs")
-    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, say=terminal.warn)
+    needs_name = options.scratch or beside is not None
+    directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if needs_name else "pairs")
+    kept = types_of_kept(rows, options.keep_columns)
+    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=terminal.warn)
     writer.check()
     tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
     missing = writer.missing(processes.rank, processes.count)

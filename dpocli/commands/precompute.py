@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, Tile, kept_types
+from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, Tile
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
@@ -23,7 +23,7 @@ from dpocli.artifacts.status import mark_recorded
 from dpocli.artifacts.triage import triage
 from dpocli.commands import dry_run
 from dpocli.commands.reference import Reference
-from dpocli.commands.tiles import TileEncoder, judge_skips, writing_behind
+from dpocli.commands.tiles import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.config.models import PrecomputeOptions
 from dpocli.data.encode import Encoder
 from dpocli.data.sources import Rows, open_rows
@@ -33,9 +33,6 @@ from dpocli.engine.model import dtype_name, environment, pick_dtype
 from dpocli.engine.stop import StopFlag
 from dpocli.errors import CacheError, DataError, PreemptedError
 from dpocli.terminal import Printer, Terminal
-
-ROWS_THAT_DECIDE_TYPES = 1024
-"""First rows of the data, from which every worker takes the types of the kept columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +73,7 @@ class Job:
             information=environment(self.device),
             hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
         )
-        first_rows = (raw.fields for raw in self.rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields)
-        kept = kept_types(first_rows, options.keep_columns)
+        kept = types_of_kept(self.rows, options.keep_columns)
         say = self.terminal.warn
         return CacheWriter(options.out, fingerprint, self.rows.num_rows, options.rows_per_part, kept, say=say)
 

@@ -8,7 +8,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
 
-from dpocli.artifacts.cache_format import Tile
+from dpocli.artifacts.cache_format import KeptType, Tile, kept_types
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.config.shared_options import DataOptions
 from dpocli.data.encode import Encoder, encode_rows
@@ -18,6 +18,8 @@ from dpocli.errors import DataError
 from dpocli.terminal import Terminal
 
 Encoded = tuple[Tile, list[EncodedPair], list[Skipped]]
+ROWS_THAT_DECIDE_TYPES = 1024
+"""First rows of the data, from which every worker takes the types of the kept columns."""
 
 
 class TileEncoder:
@@ -138,3 +140,8 @@ def _first_of(examples: Sequence[Skipped]) -> str:
     first = examples[0]
     detail = first.detail.removeprefix(f"{first.where}: ").removesuffix(".")
     return f" The first: {first.where}: {first.reason}" + (f" ({detail})." if detail else ".")
+
+
+def types_of_kept(rows: Rows, names: Sequence[str]) -> dict[str, KeptType]:
+    """Of the columns of `--keep-columns`."""
+    return kept_types((raw.fields for raw in rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields), names)

@@ -256,6 +256,7 @@ def _finish(
             trained_from=options.model,
             quantization=files.quantization,
             reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
+            step=model_step,
         )
         dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
         directory = options.out / "model"

@@ -5,15 +5,18 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from dpocli.config.gates import Gate
 from dpocli.config.loss_choice import LossChoice, split_list
 from dpocli.config.shared_options import (
     CommaList,
     DataOptions,
     Dtype,
+    LoadingOptions,
     LossOptions,
     ModelOptions,
     Options,
     Panel,
+    Several,
     option,
 )
 from dpocli.config.training_options import AdapterOptions, OptimizerOptions, StoppingOptions
@@ -154,10 +157,50 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOption
         return self
 
 
-class EvaluateOptions(LossOptions, ModelOptions, DataOptions, Options):
-    """Reward accuracy and margins of a policy over a cache."""
+class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
+    """Reward accuracy and margins of a policy, or of several, over a cache."""
 
+    model: Several = option(
+        ...,
+        Panel.MAIN,
+        "model: a local directory or a hub id; repeatable: each is compared with the first on the same pairs",
+    )
     reference: Path | None = option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
+    second_reference: Path | None = option(
+        None, Panel.MAIN, "another reference's cache of the same pairs: its accuracy, and the rewards against it"
+    )
+    require: list[str] = option(
+        [], Panel.MAIN, 'figure that must hold, else exit 6: "reward_accuracy>=0.65" (repeatable)'
+    )
+    slice_by: CommaList = option([], Panel.MAIN, "kept columns to slice the pairs by, separated by commas")
+
+    @property
+    def gates(self) -> list[Gate]:
+        return [Gate.of(text) for text in self.require]
+
+    def of_model(self, model: str) -> ModelOptions:
+        """How one of the models is loaded."""
+        loading = {name: getattr(self, name) for name in LoadingOptions.model_fields if name in self.model_fields_set}
+        return ModelOptions(model=model, **loading)
+
+    @model_validator(mode="after")
+    def _models_and_gates(self) -> Self:
+        for name in ("adapter", "revision"):
+            if len(self.model) > 1 and getattr(self, name):
+                raise ValueError(
+                    f"{name}: belongs to one --model, and there are {len(self.model)}; give directories (that of an adapter "
+                    "stands for its base with the adapter)"
+                )
+        if twice := [model for model in self.model if self.model.count(model) > 1]:
+            raise ValueError(f"model: {twice[0]} is given twice")
+        if self.second_reference and not self.reference:
+            raise ValueError("second_reference: there is no first; give --reference")
+        for text in self.require:
+            try:
+                Gate.of(text)
+            except ValueError as error:
+                raise ValueError(f"require: {error}") from None
+        return self
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

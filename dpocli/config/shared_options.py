@@ -42,6 +42,8 @@ def _split_commas(value: object) -> object:
 
 
 CommaList = Annotated[list[str], BeforeValidator(_split_commas)]
+Several = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""What may be given once or repeated; commas are part of it."""
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -75,10 +77,9 @@ class Options(BaseModel):
     )
 
 
-class ModelOptions(BaseModel):
-    """Which model, in which arithmetic, and over how many devices."""
+class LoadingOptions(BaseModel):
+    """How a model is loaded, in which arithmetic, and over how many devices."""
 
-    model: str = option(..., Panel.MAIN, "model: a local directory or a hub id")
     revision: str | None = option(None, Panel.MODEL, "revision of a hub model")
     adapter: Path | None = option(None, Panel.MODEL, "LoRA adapter on top of --model: a directory that peft wrote")
     quantization: Literal["nf4", "int8"] | None = option(
@@ -93,6 +94,12 @@ class ModelOptions(BaseModel):
         Panel.MODEL,
         "weights and activations in the forward pass (default: the cache's; else bfloat16 on CUDA devices that have it, else float32)",
     )
+
+
+class ModelOptions(LoadingOptions):
+    """The one model of a command, and how it is loaded."""
+
+    model: str = option(..., Panel.MAIN, "model: a local directory or a hub id")
 
 
 class DataOptions(BaseModel):

@@ -36,6 +36,8 @@ class Provenance(BaseModel):
     """Of the base that an adapter was trained on."""
     reference_digest: str | None = None
     """Of the reference that it was trained against; None without one."""
+    step: int | None = None
+    """Of its training, after which it was saved."""
 
     @classmethod
     def of(cls, model_directory: Path) -> "Provenance":

@@ -149,7 +149,7 @@ def _make_models(world: World) -> None:
         (path / "tokenizer.json").unlink()
         (path / "tokenizer.json").write_text("{}")
     with world.model("other_tokenizer") as path:
-        replace_json(path / "tokenizer.json", _swap_two_tokens)
+        replace_json(path / "tokenizer.json", swap_two_tokens)
     with world.model("fewer_embeddings") as path:
         replace_json(path / "config.json", lambda config: config.update(vocab_size=200))
         replace_weights(
@@ -168,7 +168,7 @@ def _make_models(world: World) -> None:
         replace_weights(path / "model.safetensors", lambda weights: weights[_a_norm(weights)].mul_(1.5))
 
 
-def _swap_two_tokens(tokenizer: dict) -> None:
+def swap_two_tokens(tokenizer: dict) -> None:
     vocabulary = tokenizer["model"]["vocab"]
     first, second = list(vocabulary)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]

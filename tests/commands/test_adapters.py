@@ -136,6 +136,15 @@ def test_evaluate_takes_an_adapter(dpocli: Run, run: Path, base_cache: Path, tmp
     assert by_adapter["rewards/margins"] > 0.01
 
 
+def test_an_adapter_and_its_merged_model_are_the_same_beside_each_other(
+    dpocli: Run, run: Path, base_cache: Path, tmp_path: Path
+) -> None:
+    line = ("evaluate", "--model", run / "model", "--model", run / "merged", "--reference", base_cache)
+    (comparison,) = dpocli(*line, "--out", tmp_path, "--json").json["comparisons"]
+    assert comparison["margin_difference"] == pytest.approx(0, abs=1e-4)
+    assert comparison["margin_interval"] == pytest.approx([0, 0], abs=1e-4)
+
+
 @pytest.mark.parametrize("variant", ["rslora", "dora"])
 def test_its_variants(run: Path, base_cache: Path, tmp_path: Path, variant: str) -> None:
     line = ("--model", MODEL, "--reference", base_cache, "--lora-variant", variant, "--lora-targets", "q_proj,v_proj")

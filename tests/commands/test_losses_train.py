@@ -312,7 +312,7 @@ def test_several_losses_are_evaluated_in_one_pass(
     names = ["dpo", "ipo", "simpo", "aot"]
     together, table = report_of(",".join(names))
     assert list(together["by_loss"]) == names
-    rewards = {"chosen_rewards", "rejected_rewards", "margins", "losses"}
+    rewards = {"chosen_rewards", "rejected_rewards", "margins", "losses", "noise"}
     for name in names:
         alone, columns = report_of(name)
         assert alone["by_loss"] == {}

@@ -1,0 +1,130 @@
+"""Accuracy of parts of the pairs: by label, by length, by what the reference thinks of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpocli.artifacts.bootstrap import Clusters, share_interval
+
+MIN_PROMPTS = 30
+MAX_WIDTH = 0.3
+NUM_PARTS = 4
+"""Slices of a number, cut at its quantiles."""
+MAX_LABELS = 20
+"""Slices of a column of labels: the largest ones; the others are one slice together."""
+
+KEPT = "kept/"
+"""How the names of kept columns begin in `pairs.parquet`, since they may be anything."""
+
+
+def slices(
+    columns: Mapping[str, NDArray[Any]], right: NDArray[np.bool_], margins: NDArray[np.float64], clusters: Clusters
+) -> dict[str, list[dict[str, Any]]]:
+    """The slices of each kind that parts the pairs; a kind that does not is left out.
+
+    A slice is too small to tell where it has fewer than 30 prompts, for then the interval itself is a guess, or where its
+    interval is wider than 0.3.
+
+    Args:
+        columns: of `pairs.parquet`, shapes (pairs,).
+        right: whether the chosen side has the higher reward, shape (pairs,).
+        margins: shape (pairs,).
+        clusters: of the pairs.
+    """
+    found = {}
+    for kind, values in _kinds(columns):
+        names, codes = parted(values)
+        if len(names) > 1:
+            found[kind] = [_slice(name, codes == code, right, margins, clusters) for code, name in enumerate(names)]
+    return found
+
+
+def parted(values: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
+    """Names of the slices, and which one each pair is in. Numbers are cut at quantiles. Shapes (pairs,)."""
+    numbers = _as_numbers(values)
+    return _by_label([_label(value) for value in values.tolist()]) if numbers is None else _by_quantile(numbers)
+
+
+def _kinds(columns: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
+    chosen, rejected = columns["chosen_tokens"], columns["rejected_tokens"]
+    yield "source", columns["source"]
+    yield "prompt_tokens", columns["prompt_tokens"]
+    yield "completion_tokens", np.maximum(chosen, rejected)
+    yield "length_difference", chosen - rejected
+    if "ref_chosen_logps" in columns:
+        yield "reference_margin", columns["ref_chosen_logps"] - columns["ref_rejected_logps"]
+    yield "num_turns", columns["num_turns"]
+    yield from ((name.removeprefix(KEPT), values) for name, values in columns.items() if name.startswith(KEPT))
+
+
+def _slice(
+    name: str, members: NDArray[np.bool_], right: NDArray[np.bool_], margins: NDArray[np.float64], clusters: Clusters
+) -> dict[str, Any]:
+    own = clusters.where(members)
+    low, high = share_interval(right[members], own)
+    return {
+        "name": name,
+        "pairs": int(members.sum()),
+        "accuracy": float(right[members].mean()),
+        "interval": [low, high],
+        "margin": float(margins[members].mean()),
+        "too_small": own.count < MIN_PROMPTS or high - low > MAX_WIDTH,
+    }
+
+
+def _as_numbers(values: NDArray[Any]) -> NDArray[Any] | None:
+    """The values as one array of numbers; None where some are something else."""
+    if values.dtype.kind in "iuf":
+        return values
+    if values.dtype == object and all(type(value) in (int, float) for value in values.tolist()):
+        numbers = np.array(values.tolist())
+        return numbers if numbers.dtype.kind in "iuf" and np.isfinite(numbers).all() else None
+    return None
+
+
+def _by_quantile(numbers: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
+    distinct = np.unique(numbers)
+    if len(distinct) <= NUM_PARTS:
+        edges = distinct[:-1]
+    else:
+        edges = np.unique(np.quantile(numbers, np.arange(1, NUM_PARTS) / NUM_PARTS, method="lower"))
+        edges = edges[edges < distinct[-1]]
+    codes = np.searchsorted(edges, numbers, side="left")
+    ends = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(len(edges) + 1)]
+    return _spans(ends), codes
+
+
+def _spans(ends: Sequence[tuple[Any, Any]]) -> list[str]:
+    """`3 to 12`, with as many digits as it takes to tell them apart."""
+    for digits in range(3, 18):
+        told = [tuple(_number(end, digits) for end in both) for both in ends]
+        names = [low if low == high else f"{low} to {high}" for low, high in told]
+        if len({*names}) == len(names) and all(
+            low != high or a == b for (low, high), (a, b) in zip(told, ends, strict=True)
+        ):
+            break
+    return names
+
+
+def _number(value: Any, digits: int) -> str:
+    return str(value) if isinstance(value, int | np.integer) else f"{value:.{digits}g}"
+
+
+def _by_label(labels: list[str]) -> tuple[list[str], NDArray[np.int64]]:
+    largest = [label for label, _ in sorted(Counter(labels).items(), key=lambda item: (-item[1], item[0]))]
+    names = sorted(largest if len(largest) <= MAX_LABELS else largest[: MAX_LABELS - 1])
+    places = {label: place for place, label in enumerate(names)}
+    codes = np.array([places.get(label, len(names)) for label in labels], dtype=np.int64)
+    if len(names) < len(largest):
+        names.append(f"({len(largest) - len(names)} others)")
+    return names, codes
+
+
+def _label(value: Any) -> str:
+    if value is None or value == "":
+        return "(none)"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

@@ -1,0 +1,85 @@
+"""The models that `evaluate` compares: where they lie, how they are judged, and in which order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from dpocli.artifacts.model_files import ModelFiles
+from dpocli.config.loss_choice import LossChoice, named
+from dpocli.config.models import EvaluateOptions
+from dpocli.config.shared_options import ModelOptions
+from dpocli.engine.locate import load_tokenizer, locate_model
+from dpocli.engine.saved_model import Provenance
+from dpocli.objective.losses import States
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model that is not in memory yet."""
+
+    options: ModelOptions
+    files: ModelFiles
+    provenance: Provenance
+    tokenizer: PreTrainedTokenizerBase
+    losses: dict[str, LossChoice]
+    """By name."""
+
+    @property
+    def name(self) -> str:
+        return self.options.model
+
+    @property
+    def states(self) -> dict[str, States]:
+        """By name of the loss, what the training left behind of its terms that are the same as there: other numbers have
+        another scale."""
+        trained = {term.name: term for term in self.provenance.loss.terms} if self.provenance.loss else {}
+        return {
+            name: {
+                term.name: self.provenance.loss_states[term.name]
+                for term in loss.terms
+                if term.name in self.provenance.loss_states and term.numbers == trained[term.name].numbers
+            }
+            for name, loss in self.losses.items()
+        }
+
+
+def candidates(options: EvaluateOptions) -> list[Candidate]:
+    """The models of `--model`, in the order given, those of one run in order of step.
+
+    Without `--loss`, each is judged by the loss that it was trained with; one that dpocli did not train, by that of the
+    first which it did, so that a base and what was trained from it can be compared.
+
+    Raises:
+        UsageError: one is no model, or a loss cannot be had.
+    """
+    located = [(each, locate_model(each)) for each in map(options.of_model, options.model)]
+    provenances = [Provenance.of(files.adapter or files.directory) for _, files in located]
+    judged_by = next((provenance.loss for provenance in provenances if provenance.loss), None)
+    found = [
+        Candidate(
+            options=each,
+            files=replace(files, quantization=files.quantization or provenance.quantization),
+            provenance=provenance,
+            tokenizer=load_tokenizer(files, each),
+            losses=named(options.loss_choices(provenance.loss or judged_by)),
+        )
+        for (each, files), provenance in zip(located, provenances, strict=True)
+    ]
+    return in_order_of_step(found)
+
+
+def in_order_of_step(found: Sequence[Candidate]) -> list[Candidate]:
+    """The models that one run left, or runs from the same start with the same loss and reference, change places so that their
+    steps rise; all others stay where they are."""
+    ordered = list(found)
+    runs: dict[tuple[object, ...], list[int]] = {}
+    for place, candidate in enumerate(found):
+        told = candidate.provenance
+        if told.step is not None:
+            runs.setdefault((told.trained_from, str(told.loss), told.reference_digest), []).append(place)
+    for places in runs.values():
+        members = sorted((found[place] for place in places), key=lambda candidate: candidate.provenance.step or 0)
+        for place, candidate in zip(places, members, strict=True):
+            ordered[place] = candidate
+    return ordered

@@ -1,0 +1,106 @@
+"""Intervals hold the truth as often as they say, and know which pairs belong together."""
+
+import numpy as np
+import pytest
+
+from dpocli.artifacts import bootstrap
+from dpocli.artifacts.bootstrap import Clusters, mean_interval, share_interval
+
+
+def alone(count: int) -> Clusters:
+    return Clusters.of(np.arange(count))
+
+
+def coverage(holds: list[bool]) -> float:
+    return sum(holds) / len(holds)
+
+
+def test_an_interval_of_a_share_holds_the_truth_in_95_of_100_cases() -> None:
+    generator = np.random.default_rng(1)
+    holds = []
+    for seed in range(400):
+        low, high = share_interval(generator.random(150) < 0.7, alone(150), seed=seed)
+        holds.append(low <= 0.7 <= high)
+    assert 0.90 <= coverage(holds) <= 0.985
+
+
+def test_an_interval_of_a_mean_holds_the_truth_in_95_of_100_cases() -> None:
+    generator = np.random.default_rng(2)
+    holds = []
+    for seed in range(300):
+        low, high = mean_interval(generator.normal(3.0, 2.0, 100), alone(100), resamples=400, seed=seed)
+        holds.append(low <= 3.0 <= high)
+    assert 0.90 <= coverage(holds) <= 0.985
+
+
+def test_where_prompts_repeat_only_the_bootstrap_over_prompts_holds_the_truth() -> None:
+    """Prompts are easy or hard: 5 pairs of one have nearly the same outcome."""
+    generator = np.random.default_rng(3)
+    prompts = np.repeat(np.arange(60), 5)
+    clustered, naive = [], []
+    for seed in range(200):
+        ease = np.where(generator.random(60) < 0.6, 0.95, 0.05)  # the mean is 0.59
+        right = generator.random(300) < np.repeat(ease, 5)
+        for found, clusters in ((clustered, Clusters.of(prompts)), (naive, alone(300))):
+            low, high = share_interval(right, clusters, resamples=400, seed=seed)
+            found.append(low <= 0.59 <= high)
+    assert coverage(clustered) >= 0.89
+    assert coverage(naive) <= 0.80
+
+
+def test_it_is_wider_over_prompts_than_over_pairs() -> None:
+    prompts = np.repeat(np.arange(50), 4)
+    right = np.repeat(np.arange(50) % 2 == 0, 4)
+    wide, narrow = (share_interval(right, clusters) for clusters in (Clusters.of(prompts), alone(200)))
+    # Four equal pairs tell as much as one: √4 times as wide.
+    assert wide[1] - wide[0] == pytest.approx(2 * (narrow[1] - narrow[0]), rel=0.15)
+    assert Clusters.of(prompts).describe()["method"] == "bootstrap over prompts"
+    assert alone(3).describe()["method"] == "bootstrap over pairs"
+
+
+@pytest.mark.parametrize("repeat", [1, 3])
+def test_drawing_kinds_and_drawing_clusters_agree(repeat: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(4)
+    clusters = Clusters.of(np.arange(600) // repeat)
+    right = generator.random(600) < 0.6
+    by_kind = mean_interval(right, clusters, resamples=4000)
+    monkeypatch.setattr(bootstrap, "FEW_KINDS", 1000)
+    monkeypatch.setattr(bootstrap, "NUMBERS_AT_ONCE", 10_000)
+    assert mean_interval(right, clusters, resamples=4000) == pytest.approx(by_kind, abs=0.006)
+
+
+def test_the_interval_is_the_same_every_time_and_whatever_the_prompts_are_called() -> None:
+    generator = np.random.default_rng(5)
+    values, prompts = generator.normal(size=90), np.sort(generator.integers(0, 40, 90))
+    first = mean_interval(values, Clusters.of(prompts))
+    assert mean_interval(values, Clusters.of(prompts)) == first
+    assert mean_interval(values, Clusters.of(prompts.astype(np.uint64) + np.uint64(2**63))) == first
+    assert mean_interval(values, Clusters.of(prompts), seed=1) != first
+
+
+def test_a_handful_of_pairs_that_are_all_right_proves_little() -> None:
+    """Clopper and Pearson: of 3 out of 3 the lower bound is 0.025^(1/3)."""
+    assert share_interval(np.ones(3, bool), alone(3)) == (pytest.approx(0.2924, abs=1e-4), 1.0)
+    assert share_interval(np.zeros(3, bool), alone(3)) == (0.0, pytest.approx(0.7076, abs=1e-4))
+    repeated = Clusters.of(np.array([7, 7, 7, 9]))
+    assert share_interval(np.ones(4, bool), repeated) == (pytest.approx(0.025**0.5), 1.0)
+
+
+def test_a_mean_without_spread_is_sure() -> None:
+    assert mean_interval(np.full(5, 0.5), alone(5)) == (0.5, 0.5)
+
+
+def test_a_million_pairs_are_feasible(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are bounded: 8 MB of draws at a time, whatever the number of resamples."""
+    shapes = []
+    drawn = np.random.default_rng(0)
+
+    class Counting:
+        def integers(self, count: int, size: tuple[int, int], dtype: type) -> np.ndarray:
+            shapes.append(size)
+            return drawn.integers(count, size=size, dtype=dtype)
+
+    monkeypatch.setattr(bootstrap.np.random, "default_rng", lambda seed: Counting())
+    low, high = mean_interval(drawn.normal(size=300_000), alone(300_000), resamples=7)
+    assert low < high
+    assert [size[0] for size in shapes] == [3, 3, 1]
