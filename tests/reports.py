@@ -33,9 +33,7 @@ def made_up_report(table: PairTable | None = None, **more: Any) -> dict[str, Any
     models = [_figures(table, f"run/checkpoints/step-{step}", step) for step in (100, 200, 300)]
     for place, model in enumerate(models):
         model["rewards/accuracies"] += 0.02 * place
-        model["rewards/accuracies_interval"] = [
-            bound + 0.02 * place for bound in model["rewards/accuracies_interval"]
-        ]
+        model["rewards/accuracies_interval"] = [bound + 0.02 * place for bound in model["rewards/accuracies_interval"]]
     return {
         "format": 2,
         **{name: value for name, value in models[0].items() if name not in ("name", "step")},
@@ -53,7 +51,11 @@ def made_up_report(table: PairTable | None = None, **more: Any) -> dict[str, Any
                 _slice("forum", 213, 0.58),
                 _slice("wiki", 214, 0.69),
             ],
-            "completion_tokens": [_slice("1 to 64", 400, 0.7), _slice("65 to 512", 236, 0.62), _slice("513 to 900", 4, 1)],
+            "completion_tokens": [
+                _slice("1 to 64", 400, 0.7),
+                _slice("65 to 512", 236, 0.62),
+                _slice("513 to 900", 4, 1),
+            ],
         },
         "models": models,
         "comparisons": [
@@ -66,8 +68,8 @@ def made_up_report(table: PairTable | None = None, **more: Any) -> dict[str, Any
 def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
     margins, chosen, rejected = (table.column(key) for key in ("margins", "chosen_rewards", "rejected_rewards"))
     accuracy = float((margins > 0).mean())
-    edges = np.linspace(0, 1, 11)
-    probabilities = 1 / (1 + np.exp(-margins))
+    edges = np.linspace(0.5, 1, 11)
+    probabilities = 1 / (1 + np.exp(-np.abs(margins)))
     places = np.digitize(probabilities, edges[1:-1])
     return {
         "name": name,
@@ -97,7 +99,7 @@ def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
                     "low": float(edges[place]),
                     "high": float(edges[place + 1]),
                     "mean_probability": float(probabilities[places == place].mean()),
-                    "accuracy": float((margins[places == place] > 0).mean() * 0.6 + 0.2),
+                    "accuracy": float((margins[places == place] > 0).mean()),
                     "pairs": int((places == place).sum()),
                 }
                 for place in range(10)
@@ -153,8 +155,12 @@ def made_up_pair(row: int = 0, **more: Any) -> ShownPair:
         "chosen_reward": -0.5,
         "rejected_reward": 0.75,
         "prompt": "<|im_start|>user\nName a tree, please.<|im_end|>\n<|im_start|>assistant\n",
-        "chosen": made_up_tokens("An oak is a tree that can live for  many hundred years.\n\nIt bears acorns. <|im_end|>", row),
-        "rejected": made_up_tokens("Granite is a tree.\tIt is hard and heavy, and it does not grow. <|im_end|>", row + 1),
+        "chosen": made_up_tokens(
+            "An oak is a tree that can live for  many hundred years.\n\nIt bears acorns. <|im_end|>", row
+        ),
+        "rejected": made_up_tokens(
+            "Granite is a tree.\tIt is hard and heavy, and it does not grow. <|im_end|>", row + 1
+        ),
     }
     return ShownPair(**values | more)
 

@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from dpocli.artifacts.files import make_directory, write_atomically
 from dpocli.artifacts.inline_svg import glyphs_may_miss, inline_svg
+from dpocli.artifacts.page_tables import figure_lines, loss_lines, made_lines, model_lines, slice_tables
+from dpocli.artifacts.page_words import between, headline, number, percent
 from dpocli.artifacts.pair_table import PairTable
 from dpocli.artifacts.report_plots import NAMES, Plot, report_plots
-from dpocli.artifacts.report_tables import figure_lines, loss_lines, made_lines, model_lines, slice_tables
-from dpocli.artifacts.report_words import between, headline, number, percent
 from dpocli.artifacts.shown_pairs import Showcase, ShownPair, ShownToken, strongest
 from dpocli.artifacts.token_colors import Palette, colored, folded, signed
 from dpocli.artifacts.visible_text import one_line, plain
@@ -92,7 +92,8 @@ def _in_page(pair: ShownPair, palette: Palette) -> dict[str, Any]:
 
 
 def _strong(token: ShownToken) -> tuple[str, str]:
-    return token.text.strip() or repr(token.text).strip("'"), signed(token.log_ratio)
+    blank = token.text.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"})
+    return token.text.strip() or blank, signed(token.log_ratio)
 
 
 def _environment() -> Environment:

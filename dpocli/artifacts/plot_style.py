@@ -16,6 +16,7 @@ def make_quiet(area: Axes, grid: str = "y") -> None:
     area.tick_params(colors=GRAY, labelsize=9, length=0, labelbottom=True)
     area.grid(axis=grid, color=GRID, linewidth=0.8)  # type: ignore[arg-type]
     area.set_axisbelow(True)
+    area.set_facecolor("none")  # what lies behind a plot may be dark
 
 
 def with_titles(area: Axes, title: str, unit: str) -> None:

@@ -25,6 +25,8 @@ TAIL = 0.005
 MANY_POINTS = 1500
 """Points from which on they are drawn as pixels: as shapes they would be most of the report."""
 MOST_POINTS = 20_000
+FEW_STEPS = 6
+"""Checkpoints of which each has its tick."""
 MOST_SLICES = 40
 """Lines of the plot of slices; the table has all of them."""
 
@@ -48,8 +50,8 @@ def report_plots(report: Report, table: PairTable) -> list[Plot]:
         "margins": (draw_margins(margins), "How many pairs have which margin; to the left of 0 they are wrong."),
         "reliability": (
             draw_reliability(report.get("calibration") or {}),
-            "sigma(margin), taken as the probability that the chosen answer is preferred, against how often it is. On the "
-            "dashed line it could be taken at its word; the larger a point, the more pairs.",
+            "What the model gives the answer that it prefers, sigma(|margin|), against how often that answer is the chosen "
+            "one. On the dashed line it can be taken at its word; the larger a point, the more pairs.",
         ),
         "slices": (
             draw_slices(report.get("slices") or {}, report.get("rewards/accuracies")),
@@ -125,9 +127,11 @@ def draw_reliability(calibration: Mapping[str, Any]) -> Figure | None:
         zorder=3,
         clip_on=False,
     )
-    area.set_xlim(0, 1)
-    area.set_ylim(0, 1)
-    area.set_xlabel("sigma(margin), mean of the bin", color=GRAY)
+    # Bins begin at a half where each pair is seen from the side that the model prefers.
+    start = 0.5 if min(probabilities) >= 0.5 else 0.0
+    area.set_xlim(start, 1)
+    area.set_ylim(min(start, *accuracies), 1)
+    area.set_xlabel("probability, mean of the bin", color=GRAY)
     with_titles(area, "Reliability", "share of pairs ranked right")
     return figure
 
@@ -157,7 +161,8 @@ def draw_slices(slices: Mapping[str, Sequence[Mapping[str, Any]]], overall: floa
     for label, (_, entry) in zip(area.get_yticklabels(), lines, strict=True):
         label.set_fontweight("normal" if entry else "bold")
     area.set_ylim(-len(lines) + 0.4, 0.6)
-    area.set_xlim(0, 1)
+    bounds = [bound for _, entry in lines if entry for bound in _bounds(entry)]
+    area.set_xlim(max(0.0, min(0.45, *bounds) - 0.03), min(1.0, max(0.55, *bounds) + 0.03))
     area.spines["left"].set_visible(False)
     with_titles(area, "Accuracy by slice", "95% intervals")
     return figure
@@ -165,11 +170,18 @@ def draw_slices(slices: Mapping[str, Sequence[Mapping[str, Any]]], overall: floa
 
 def _draw_slice(area: Axes, height: int, entry: Mapping[str, Any]) -> None:
     color = GRAY if entry.get("too_small") else BLUE
-    interval = entry.get("interval")
-    if interval and all(map(_is_number, interval)):
-        area.plot(interval, [height, height], color=color, linewidth=1.4, solid_capstyle="round", zorder=2)
+    bounds = _bounds(entry)
+    area.plot([min(bounds), max(bounds)], [height, height], color=color, linewidth=1.4, zorder=2, clip_on=False)
     face = "none" if entry.get("too_small") else color
-    area.plot(entry["accuracy"], height, "o", color=color, markerfacecolor=face, markersize=4.5, zorder=3)
+    area.plot(
+        entry["accuracy"], height, "o", color=color, markerfacecolor=face, markersize=4.5, zorder=3, clip_on=False
+    )
+
+
+def _bounds(entry: Mapping[str, Any]) -> list[float]:
+    """Of the interval, where there is one; the accuracy lies within."""
+    interval = [bound for bound in entry.get("interval") or [] if _is_number(bound)]
+    return [*interval, float(entry["accuracy"])]
 
 
 def draw_rewards(chosen: Values, rejected: Values) -> Figure | None:
@@ -240,6 +252,8 @@ def draw_checkpoints(models: Sequence[Mapping[str, Any]]) -> Figure | None:
                 [point["step"] for point in banded], lows, highs, color=BLUE, alpha=0.16, linewidth=0, zorder=2
             )
         area.plot(steps, values, "o-", color=BLUE, linewidth=1.7, markersize=4.5, zorder=3)
+        if len(known) <= FEW_STEPS:
+            area.set_xticks(steps)
         area.axhline(level, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
     return figure
 

@@ -12,6 +12,7 @@ from dpocli.artifacts.pair_table import PairTable, ScoredPairs
 from dpocli.artifacts.report import figures, render, write_report
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
+from dpocli.commands.showcase import showcase, write_page
 from dpocli.config.loss_choice import LossChoice, named
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
@@ -56,9 +57,8 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
         wanted = Wanted.by({need for loss in losses for need in loss.needs}, has_reference=store.has_reference)
         budget = token_budget(options.token_budget, device)
-        scorer = frozen_scorer(
-            files, options, dtype, processes.team(options.shards), budget, collision=wanted.collision
-        )
+        team = processes.team(options.shards)
+        scorer = frozen_scorer(files, options, dtype, team, budget, collision=wanted.collision)
 
         tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
         settle(scorer, tried, options.scoring, processes, terminal.say)
@@ -82,8 +82,12 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             "environment": environment(device),
             "scoring": throughput.summary(),
         }
+        shown = showcase(
+            scorer, PairView(store, np.arange(len(store))), inputs.tokenizer, table, options.show_pairs, team
+        )
         if processes.is_first:
             write_report(options.out, report, table)
+            write_page(options, report, table, shown, store, terminal)
         terminal.result(report, lambda printer: render(printer, report))
 
 

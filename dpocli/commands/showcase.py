@@ -1,20 +1,27 @@
 """The worst and the best pairs of an evaluation, scored once more so that every token says what it did."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.html_report import FILE_NAME, write_html_report
+from dpocli.artifacts.page_tables import facts_of_cache
 from dpocli.artifacts.pair_table import PairTable
 from dpocli.artifacts.shown_pairs import Showcase, ShownPair, ShownToken
+from dpocli.config.models import EvaluateOptions
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 from dpocli.data.token_texts import decoded, token_texts
 from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import PairView, reference_logps
+from dpocli.errors import DpoError
 from dpocli.objective.scoring import PairScorer
 from dpocli.progress import Nothing, Progress
+from dpocli.terminal import Terminal
 
 
 def showcase(
@@ -47,6 +54,32 @@ def showcase(
         for pair, policy, position in zip(pairs, scored, positions.tolist(), strict=True)
     )
     return Showcase(shown[: len(worst)], shown[len(worst) :], view.store.has_reference)
+
+
+def write_page(
+    options: EvaluateOptions,
+    report: Mapping[str, Any],
+    table: PairTable,
+    shown: Showcase,
+    store: PairStore,
+    terminal: Terminal,
+) -> None:
+    """`report.html` and its plots, after the figures are safe: what fails in drawing them is said, and loses nothing.
+
+    Raises:
+        DpoError: no room is left, or the like.
+    """
+    given = options.model_dump(mode="json", include=options.model_fields_set)
+    try:
+        write_html_report(
+            options.out, report, table, shown, {"Options given": given, "Reference cache": facts_of_cache(store)}
+        )
+    except DpoError:
+        raise
+    except Exception as error:
+        terminal.warn(
+            f"{FILE_NAME} could not be made ({type(error).__name__}: {error}). metrics.json and pairs.parquet are whole."
+        )
 
 
 def ends(margins: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

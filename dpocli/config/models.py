@@ -158,6 +158,9 @@ class EvaluateOptions(LossOptions, ModelOptions, DataOptions, Options):
     """Reward accuracy and margins of a policy over a cache."""
 
     reference: Path | None = option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
+    show_pairs: int = option(
+        10, Panel.MAIN, "pairs with the lowest and with the highest margins that report.html shows token by token", ge=0
+    )
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:

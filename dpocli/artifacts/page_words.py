@@ -11,6 +11,9 @@ Report = Mapping[str, Any]
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 FEW_PROMPTS = 100
 """Below which an interval is too wide, and too rough itself, to carry a decision."""
+MOST_COMPARISONS = 3
+"""That the headline tells, the last ones; the table has all."""
+NOT_TOLD_APART = "not told apart"
 MANY_TIES = 0.5
 """Share of pairs from which on accuracy, to which a tie is not right, says nothing."""
 MUCH_NOISE = 0.05
@@ -39,7 +42,12 @@ def headline(report: Report) -> Headline:
         interval=between(report.get(f"{ACCURACY}_interval"), percent),
         verdict=verdict,
         sentence=_sentence(report),
-        may=[_against_chance(report, verdict), *_against_length(report), *_against_policy_alone(report)],
+        may=[
+            _against_chance(report, verdict),
+            *_against_length(report),
+            *_against_each_other(report),
+            *_displacement(report),
+        ],
         may_not=_limits(report),
     )
 
@@ -96,7 +104,24 @@ def _against_length(report: Report) -> list[str]:
     return [f"Length might explain it: always picking the {rule} answer is right in {percent(best)} as well."]
 
 
-def _against_policy_alone(report: Report) -> list[str]:
+def _against_each_other(report: Report) -> list[str]:
+    comparisons = report.get("comparisons") or []
+    told = []
+    for entry in comparisons[-MOST_COMPARISONS:]:
+        bounds, difference = entry.get("accuracy_interval"), entry.get("accuracy_difference")
+        if difference is None:
+            continue
+        verdict, interval = verdict_on(bounds), between(bounds, points)
+        by = f"{points(difference)} points on the same {entry['pairs']:,} pairs, 95% interval {interval}"
+        told.append(
+            f"{entry['model']} cannot be told from {entry['against']}: {by}."
+            if verdict == NOT_TOLD_APART
+            else f"{entry['model']} ranks {'more' if verdict == 'better' else 'fewer'} pairs right than {entry['against']}: {by}."
+        )
+    return told
+
+
+def _displacement(report: Report) -> list[str]:
     displaced = report.get("displacement")
     if displaced is None or displaced <= 0.5:
         return []
@@ -144,8 +169,8 @@ def reward_in_words(report: Report) -> str:
 def verdict_on(bounds: Sequence[float | None] | None) -> str:
     """Of a paired difference with this interval."""
     if not bounds or bounds[0] is None or bounds[1] is None:
-        return ""
-    return "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else "not told apart"
+        return NOT_TOLD_APART
+    return "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else NOT_TOLD_APART
 
 
 def _value(report: Report, name: str) -> float | None:
@@ -173,6 +198,6 @@ def number(value: float | None) -> str:
 
 def between(bounds: Sequence[float | None] | None, spelled: Any = number) -> str:
     """An interval: `64.1% to 70.0%`; empty where there is none."""
-    if not bounds or None in bounds:
+    if not bounds or any(bound is None or bound != bound for bound in bounds):
         return ""
     return f"{spelled(bounds[0])} to {spelled(bounds[1])}"

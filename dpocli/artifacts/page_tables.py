@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dpocli.artifacts.report_words import (
+from dpocli.artifacts.cache_reader import PairStore
+from dpocli.artifacts.page_words import (
     ACCURACY,
     MARGIN,
     Report,
@@ -116,7 +117,7 @@ def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:
         if against.get("margin_difference") is not None
         else "",
         "margin_interval": between(against.get("margin_interval")),
-        "verdict": verdict_on(against.get("accuracy_interval")),
+        "verdict": verdict_on(against["accuracy_interval"]) if against.get("accuracy_interval") else "",
         "pairs": f"{against['pairs']:,}" if against.get("pairs") is not None else "",
     }
 
@@ -157,6 +158,19 @@ def made_lines(report: Report, settings: Mapping[str, Any]) -> list[tuple[str, l
         **settings,
     }
     return [(heading, list(_facts(values))) for heading, values in groups.items() if values]
+
+
+def facts_of_cache(store: PairStore) -> dict[str, Any]:
+    """What decides the values that the pairs came with."""
+    fingerprint = store.fingerprint
+    return {
+        "fingerprint": fingerprint.digest,
+        "reference": fingerprint.reference_digest if store.has_reference else None,
+        "dtype of the reference": fingerprint.dtype,
+        "content": "; ".join(f"{part.name} ({part.num_rows:,} rows)" for part in fingerprint.content),
+        "skipped rows": "; ".join(f"{count:,} {reason}" for reason, count in store.skipped.items()),
+        **fingerprint.settings,
+    }
 
 
 def _facts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
