@@ -136,9 +136,9 @@ def _limits(report: Report) -> list[str]:
         "How good the answers are that the model writes itself: nothing was generated here. It ranked answers that others wrote.",
         "How it does on pairs of another kind: the interval is about other pairs drawn like these, and no others.",
     ]
-    prompts = report.get("prompts") or report["pairs"]
-    if prompts < FEW_PROMPTS:
-        limits.append(f"Small differences: there are only {prompts:,} prompts, so even the interval is a rough one.")
+    units, what = (report["prompts"], "prompts") if report.get("prompts") else (report["pairs"], "pairs")
+    if units < FEW_PROMPTS:
+        limits.append(f"Small differences: there are only {units:,} {what}, so even the interval is a rough one.")
     noise = report.get("rewards/within_noise")
     if noise is not None and noise >= MUCH_NOISE:
         limits.append(

@@ -19,7 +19,7 @@ Values = NDArray[np.float64]
 
 NAMES = frozenset({"margins", "reliability", "slices", "rewards", "checkpoints"})
 
-BINS = 48
+FEWEST_BINS, MOST_BINS = 12, 48
 TAIL = 0.005
 """Share of pairs at either end that a plot need not reach: one outlier would press all others into a line."""
 MANY_POINTS = 1500
@@ -85,7 +85,8 @@ def draw_margins(margins: Values) -> Figure | None:
     make_quiet(area)
     low, high = _reach(margins)
     # An edge of the bins is 0, so that no bar is half right and half wrong.
-    width = (high - low) / BINS
+    num_bins = int(np.clip(2 * np.sqrt(len(margins)), FEWEST_BINS, MOST_BINS))
+    width = (high - low) / num_bins
     edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
     within = np.clip(margins, edges[0], edges[-1])
     counts, _ = np.histogram(within, edges)
