@@ -183,7 +183,7 @@ def test_names_from_trl_are_recognised():
 
 
 def test_the_file_tree_is_the_package():
-    """Every module by name; an `__init__.py`, and recipes, are described where their directory is."""
+    """Every module by name; an `__init__.py`, recipes and templates are described where their directory is."""
     path: list[str] = []
     listed = []
     for line in section("The files").partition("```text\n")[2].partition("```")[0].splitlines():
@@ -195,7 +195,7 @@ def test_the_file_tree_is_the_package():
     files = [file.relative_to(ROOT) for file in (ROOT / "dpocli").rglob("*.py")]
     modules = {str(file) for file in files if file.name != "__init__.py"}
     assert len(set(listed)) == len(listed)
-    files += [file.relative_to(ROOT) for file in (ROOT / "dpocli").rglob("*.yaml")]
+    files += [file.relative_to(ROOT) for kind in ("*.yaml", "*.j2") for file in (ROOT / "dpocli").rglob(kind)]
     assert set(listed) == modules | {f"{file.parent}/" for file in files}
 
 

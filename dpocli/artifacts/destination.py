@@ -13,7 +13,7 @@ Command = Literal["precompute", "train", "evaluate"]
 
 _WRITTEN = (
     *("config.yaml", "model", "checkpoints", "metrics.jsonl", "summary.json", "curves.png"),
-    *("metrics.json", "pairs.parquet", "pairs", "tensorboard", "wandb"),
+    *("metrics.json", "pairs.parquet", "report.html", "plots", "pairs", "tensorboard", "wandb"),
 )
 """What the commands write, so that it must not be there already from elsewhere."""
 

@@ -10,14 +10,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, NullLocator
 
 from dpocli.artifacts.files import write_atomically
+from dpocli.artifacts.plot_style import BLUE, GRAY, RED, make_quiet, plain_number, whole_steps, with_titles
 
 Rows = Sequence[Mapping[str, Any]]
 
 HELD_OUT = "eval/"
-BLUE, RED, GRAY = "#0072b2", "#d55e00", "#5f5f5f"  # two colours that the colour-blind tell apart
 SMOOTHING = 0.05
 """Share of the run over which the thick line averages."""
 CROWDED = 1000
@@ -86,9 +86,9 @@ def draw_curves(metrics: Rows, path: Path) -> None:
 
 
 def _draw_panel(area: Axes, panel: _Panel, metrics: Rows) -> None:
-    _make_quiet(area)
-    area.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
-    area.set_title(panel.unit, loc="right", fontsize=9, color=GRAY)
+    make_quiet(area)
+    whole_steps(area)
+    with_titles(area, panel.title, panel.unit)
     several = len(panel.curves) > 1
     for curve in panel.curves:
         _draw_training(area, curve, metrics, curve.label if several else "training")
@@ -104,7 +104,7 @@ def _draw_panel(area: Axes, panel: _Panel, metrics: Rows) -> None:
     if panel.log and _spans_a_decade(area):
         area.set_yscale("log")
         area.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        area.yaxis.set_major_formatter(_plain)
+        area.yaxis.set_major_formatter(plain_number)
         area.yaxis.set_minor_locator(NullLocator())
     area.legend(fontsize=8.5, frameon=False)
 
@@ -161,7 +161,7 @@ def _draw_learning_rate(area: Axes, metrics: Rows) -> None:
         label="learning rate (right)",
     )
     right.set_ylim(0, float(values.max()) * 1.15 or 1.0)
-    right.yaxis.set_major_formatter(_plain)
+    right.yaxis.set_major_formatter(plain_number)
     right.tick_params(colors=GRAY, labelsize=9, length=0)
     for spine in right.spines.values():
         spine.set_visible(False)
@@ -171,26 +171,11 @@ def _draw_learning_rate(area: Axes, metrics: Rows) -> None:
         legend.remove()
 
 
-def _make_quiet(area: Axes) -> None:
-    for side in ("top", "right"):
-        area.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        area.spines[side].set_color("#c8c8c8")
-    area.tick_params(colors=GRAY, labelsize=9, length=0, labelbottom=True)
-    area.grid(axis="y", color="#ececec", linewidth=0.8)
-    area.set_axisbelow(True)
-    area.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6, min_n_ticks=1))
-
-
 def _set_steps(area: Axes, metrics: Rows) -> None:
     """The same whole steps below all panels, with room around a single one."""
     steps = [row["step"] for row in metrics if "step" in row] or [0]
     margin = max(0.5, 0.03 * (max(steps) - min(steps)))
     area.set_xlim(min(steps) - margin, max(steps) + margin)
-
-
-def _plain(value: float, _: float) -> str:
-    return f"{value:g}"
 
 
 def _series(metrics: Rows, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

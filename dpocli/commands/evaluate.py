@@ -15,9 +15,11 @@ from dpocli.artifacts.report import Evaluated, report_of, write_report
 from dpocli.artifacts.report_table import render
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.artifacts.second_reference import add_second_reference, open_second
+from dpocli.artifacts.shown_pairs import Showcase
 from dpocli.commands.candidates import Candidate, candidates
 from dpocli.commands.gates import check_gates, judge_gates
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
+from dpocli.commands.showcase import showcase, write_page
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.mesh import Processes, joined, pick_device
@@ -68,12 +70,13 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             if processes.any(bool(stop) or out.stop_requested()):
                 raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
 
-        evaluated, scoring = [], []
-        for model, store in zip(models, stores, strict=True):
-            job = Job(options, model, store, second, processes, terminal, go_on)
-            found, throughput = job.evaluated()
+        evaluated, scoring, shown = [], [], []
+        for index, (model, store) in enumerate(zip(models, stores, strict=True)):
+            job = Job(options, model, store, second, processes, terminal, go_on, 0 if index else options.show_pairs)
+            found, throughput, ends = job.evaluated()
             evaluated.append(found)
             scoring.append(throughput)
+            shown.append(ends)
             gc.collect()  # a model holds on to itself in circles, and the next one needs its place
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -87,6 +90,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         failed = judge_gates(options.gates, report)
         if processes.is_first:
             write_report(options.out, report, evaluated)
+            write_page(options, report, evaluated[0].table, shown[0], stores[0], terminal)
         terminal.result(report, lambda printer: render(printer, report))
         if failed:
             raise failed
@@ -103,13 +107,20 @@ class Job:
     processes: Processes
     terminal: Terminal
     go_on: Callable[[], None]
+    shows: int
+    """Pairs at either end of the margins that are looked at token by token."""
 
-    def evaluated(self) -> tuple[Evaluated, dict[str, Any]]:
-        """What it makes of the pairs, and how fast. It is out of memory again by then."""
+    def evaluated(self) -> tuple[Evaluated, dict[str, Any], Showcase]:
+        """What it makes of the pairs, how fast, and the pairs at both ends. It is out of memory again by then."""
         model, losses = self.model, self.model.losses
         _tell_other_reference(model, self.store, self.terminal)
         dtype = _dtype(self.options, self.store, self.processes.device)
-        scored, throughput = self._scored(dtype)
+        needs = {need for loss in losses.values() for need in loss.needs}
+        wanted = Wanted.by(needs, has_reference=self.store.has_reference)
+        team = self.processes.team(self.options.shards)
+        budget = token_budget(self.options.token_budget, self.processes.device)
+        scorer = frozen_scorer(model.files, model.options, dtype, team, budget, collision=wanted.collision)
+        scored, throughput = self._scored(scorer, wanted)
         noise = TOLERANCE[dtype]
         _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
         table = PairTable.of(scored, losses, model.states, noise)
@@ -121,20 +132,12 @@ class Job:
             extra["second_reference"] = add_second_reference(
                 table, self.second, scored, losses[name], model.states[name], noise
             )
-        return Evaluated(model.name, table, losses, model.provenance.step, extra), throughput
+        view = PairView(self.store, np.arange(len(self.store)))
+        ends = showcase(scorer, view, model.tokenizer, table, self.shows, team)
+        return Evaluated(model.name, table, losses, model.provenance.step, extra), throughput, ends
 
-    def _scored(self, dtype: torch.dtype) -> tuple[ScoredPairs, dict[str, Any]]:
+    def _scored(self, scorer: PairScorer, wanted: Wanted) -> tuple[ScoredPairs, dict[str, Any]]:
         options, store, processes = self.options, self.store, self.processes
-        needs = {need for loss in self.model.losses.values() for need in loss.needs}
-        wanted = Wanted.by(needs, has_reference=store.has_reference)
-        scorer = frozen_scorer(
-            self.model.files,
-            self.model.options,
-            dtype,
-            processes.team(options.shards),
-            token_budget(options.token_budget, processes.device),
-            collision=wanted.collision,
-        )
         tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
         settle(scorer, tried, options.scoring, processes, self.terminal.say)
         throughput = Throughput(scorer)
@@ -171,7 +174,7 @@ def _scored(
     """This process's pairs, in pieces of a window each: one a pass would weigh more than what it holds."""
     for start in range(0, len(store), PAIRS_AT_ONCE):
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
-        scored = []
+        passes = []
         for positions, pairs in my_passes(view, np.arange(len(view)), scorer.packing, processes):
             go_on()
             with torch.no_grad():
@@ -180,9 +183,9 @@ def _scored(
                     continue
                 logps = pair_logps(tokens, batch, pairs, wanted)
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
-            scored.append(ScoredPairs.of(start + positions, pairs, logps, wanted, kept))
-        if scored:
-            yield ScoredPairs.joined(scored)
+            passes.append((start + positions, pairs, logps))
+        if passes:  # fetched here, so that no pass waits for the one before it to leave the accelerator
+            yield ScoredPairs.joined([ScoredPairs.of(*each, wanted, kept) for each in passes])
 
 
 def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: str) -> None:

@@ -166,6 +166,9 @@ class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
         "model: a local directory or a hub id; repeatable: each is compared with the first on the same pairs",
     )
     reference: Path | None = option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
+    show_pairs: int = option(
+        10, Panel.MAIN, "pairs with the lowest and with the highest margins that report.html shows token by token", ge=0
+    )
     second_reference: Path | None = option(
         None, Panel.MAIN, "another reference's cache of the same pairs: its accuracy, and the rewards against it"
     )

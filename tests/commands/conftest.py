@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dpocli.artifacts.html_report import write_html_report
 from dpocli.artifacts.plots import draw_curves
 from dpocli.cli import run_command_line
-from dpocli.commands import train
+from dpocli.commands import showcase, train
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sample_data"
@@ -35,18 +36,21 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures() -> Iterator[None]:
-    """Drawing the curves takes as long as all the rest of a short run."""
+    """Drawing the curves takes as long as all the rest of a short run, and so do the plots of a report."""
     train.draw_curves = lambda *_: None
+    showcase.write_html_report = lambda *_: None
     yield
     train.draw_curves = draw_curves
+    showcase.write_html_report = write_html_report
 
 
 @contextmanager
 def pictures() -> Iterator[None]:
     """They are drawn here all the same."""
-    without, train.draw_curves = train.draw_curves, draw_curves
+    without = train.draw_curves, showcase.write_html_report
+    train.draw_curves, showcase.write_html_report = draw_curves, write_html_report
     yield
-    train.draw_curves = without
+    train.draw_curves, showcase.write_html_report = without
 
 
 @dataclass
