@@ -30,7 +30,10 @@ def objects(values: list[Any]) -> np.ndarray:
         (objects([True, False, True]), ["false", "true"], [1, 2]),
         (objects([3, 1.5, 3]), ["1.5", "3"], [1, 2]),
         (objects([["x"], {"b": 1}, ["x"]]), ['["x"]', '{"b": 1}'], [2, 1]),
-        (objects([1, None, 1]), ["(none)", "1"], [1, 2]),
+        (objects([1, None, 1, 4]), ["1", "4", "(none)"], [2, 1, 1]),
+        (objects([0.5, float("nan"), 2.5, "x"]), ["0.5", "2.5", "NaN", "x"], [1, 1, 1, 1]),
+        (objects([0.5, float("nan")]), ["0.5", "(none)"], [1, 1]),
+        (objects([None, None]), ["(none)"], [2]),
     ],
 )
 def test_names_and_sizes(values: np.ndarray, names: list[str], sizes: list[int]) -> None:
@@ -83,3 +86,12 @@ def test_every_kind_has_every_pair_once() -> None:
     assert set(found) == kinds
     for kind in kinds:
         assert sum(entry["pairs"] for entry in found[kind]) == 200, kind
+
+
+def test_a_kept_column_may_be_called_like_one_of_ours() -> None:
+    labels = {"source": objects(["a", "b"]), "kept/source": objects(["x", "y"])}
+    found = report_of([evaluated(with_margins([1.0, 2.0], **labels))])["slices"]
+    assert {kind: [entry["name"] for entry in entries] for kind, entries in found.items()} == {
+        "source": ["a", "b"],
+        "kept/source": ["x", "y"],
+    }
