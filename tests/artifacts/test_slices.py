@@ -52,25 +52,25 @@ def test_of_many_labels_the_largest_have_slices_of_their_own() -> None:
 
 
 def test_slices_are_exact_and_small_ones_are_marked() -> None:
-    source = objects(["big"] * 100 + ["few"] * 20 + ["wide"] * 36 + ["one prompt"] * 100)
+    source = objects(["big"] * 100 + ["few"] * 20 + ["wide"] * 36 + ["20 prompts"] * 100)
     margins = np.concatenate(
         [np.where(np.arange(100) < 80, 1.0, -1.0), np.ones(20), np.tile([2.0, -1.0], 18), np.ones(100)]
     )
     prompts = np.arange(256, dtype=np.uint64)
-    prompts[156:] = 10_000
+    prompts[156:] = 10_000 + np.arange(100) // 5
     kept = objects(["x"] * 128 + ["y"] * 128)
     found = report_of([evaluated(with_margins(margins, source=source, prompt_hash=prompts, **{"kept/topic": kept}))])[
         "slices"
     ]
     by_name = {entry["name"]: entry for entry in found["source"]}
-    assert list(by_name) == ["big", "few", "one prompt", "wide"]
-    big, few, one_prompt, wide = by_name.values()
+    assert list(by_name) == ["20 prompts", "big", "few", "wide"]
+    twenty, big, few, wide = by_name.values()
     assert (big["pairs"], big["accuracy"], big["too_small"]) == (100, 0.8, False)
     assert big["margin"] == pytest.approx(0.6)
     assert big["interval"][0] < 0.8 < big["interval"][1]
     assert (few["accuracy"], few["too_small"]) == (1.0, True)  # 20 prompts
     assert (wide["accuracy"], wide["too_small"]) == (0.5, True)  # 36 prompts, ±0.16
-    assert (one_prompt["pairs"], one_prompt["too_small"]) == (100, True)
+    assert (twenty["pairs"], twenty["too_small"]) == (100, True)
     assert [entry["name"] for entry in found["topic"]] == ["x", "y"]
     assert set(found) == {"source", "topic"}  # nothing else parts these pairs
 
