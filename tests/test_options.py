@@ -158,7 +158,9 @@ COMPLETE = {
     TrainOptions: NEEDED
     | {"reference": "r", "learning_rate": "5e-7", "loss": "simpo", "gamma": "1", "track": ["wandb"], "epochs": "2"}
     | {"gradient_checkpointing": True, "model_dropout": False, "adam_epsilon": "1e-8", "dtype": "float32"},
-    EvaluateOptions: NEEDED | {"data": ["ä.jsonl"], "beta": "0.1", "scratch": "~/s", "as_json": False},
+    EvaluateOptions: NEEDED
+    | {"data": ["ä.jsonl"], "beta": "0.1", "scratch": "~/s", "as_json": False, "model": ["a", "b,c"]}
+    | {"require": ["loss<0.7", "reward_accuracy >= 0.65"], "slice_by": ["x,y"]},
 }
 
 

@@ -17,6 +17,7 @@ NUM_PARTS = 4
 MAX_LABELS = 20
 """Slices of a column of labels: the largest ones; the others are one slice together."""
 
+MISSING = "(none)"
 KEPT = "kept/"
 """How the names of kept columns begin in `pairs.parquet`, since they may be anything."""
 
@@ -39,14 +40,23 @@ def slices(
     for kind, values in _kinds(columns):
         names, codes = parted(values)
         if len(names) > 1:
-            found[kind] = [_slice(name, codes == code, right, margins, clusters) for code, name in enumerate(names)]
+            free = kind if kind not in found else KEPT + kind  # a kept column may have any name
+            found[free] = [_slice(name, codes == code, right, margins, clusters) for code, name in enumerate(names)]
     return found
 
 
 def parted(values: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
     """Names of the slices, and which one each pair is in. Numbers are cut at quantiles. Shapes (pairs,)."""
-    numbers = _as_numbers(values)
-    return _by_label([_label(value) for value in values.tolist()]) if numbers is None else _by_quantile(numbers)
+    if values.dtype != object:
+        return _by_quantile(values)
+    items = values.tolist()
+    there = np.array([item is not None and item == item for item in items])  # None and NaN are missing
+    if not there.any() or {type(item) for item in values[there].tolist()} - {int, float}:
+        return _by_label([_label(item) for item in items])
+    codes = np.zeros(len(items), dtype=np.int64)
+    names, codes[there] = _by_quantile(np.array(values[there].tolist()))
+    codes[~there] = len(names)
+    return names if there.all() else [*names, MISSING], codes
 
 
 def _kinds(columns: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -74,16 +84,6 @@ def _slice(
         "margin": float(margins[members].mean()),
         "too_small": own.count < MIN_PROMPTS or high - low > MAX_WIDTH,
     }
-
-
-def _as_numbers(values: NDArray[Any]) -> NDArray[Any] | None:
-    """The values as one array of numbers; None where some are something else."""
-    if values.dtype.kind in "iuf":
-        return values
-    if values.dtype == object and all(type(value) in (int, float) for value in values.tolist()):
-        numbers = np.array(values.tolist())
-        return numbers if numbers.dtype.kind in "iuf" and np.isfinite(numbers).all() else None
-    return None
 
 
 def _by_quantile(numbers: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
@@ -126,5 +126,5 @@ def _by_label(labels: list[str]) -> tuple[list[str], NDArray[np.int64]]:
 
 def _label(value: Any) -> str:
     if value is None or value == "":
-        return "(none)"
+        return MISSING
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)

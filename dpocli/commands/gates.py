@@ -13,7 +13,6 @@ from dpocli.commands.candidates import Candidate
 from dpocli.config.gates import Gate, check_names, outcomes, scalars
 from dpocli.errors import GateError
 from dpocli.objective.logps import Wanted
-from dpocli.progress import format_value
 
 
 def check_gates(
@@ -39,7 +38,7 @@ def judge_gates(gates: Sequence[Gate], report: dict[str, Any]) -> GateError | No
 
 
 def _told(outcome: Mapping[str, Any]) -> str:
-    value = "it is undefined here" if outcome["value"] is None else f"it is {format_value(outcome['value'])}"
+    value = "it is undefined here" if outcome["value"] is None else f"it is {outcome['value']:.6g}"
     return f"--require {outcome['require']}: {value}"
 
 

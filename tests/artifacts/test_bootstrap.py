@@ -69,6 +69,14 @@ def test_drawing_kinds_and_drawing_clusters_agree(repeat: int, monkeypatch: pyte
     assert mean_interval(right, clusters, resamples=4000) == pytest.approx(by_kind, abs=0.006)
 
 
+def test_both_ends_are_where_theory_has_them() -> None:
+    values = np.random.default_rng(6).normal(size=400)
+    low, high = mean_interval(values, alone(400), resamples=20_000)
+    error = values.std() / np.sqrt(400)
+    assert (low - values.mean()) / error == pytest.approx(-1.96, abs=0.08)
+    assert (high - values.mean()) / error == pytest.approx(1.96, abs=0.08)
+
+
 def test_the_interval_is_the_same_every_time_and_whatever_the_prompts_are_called() -> None:
     generator = np.random.default_rng(5)
     values, prompts = generator.normal(size=90), np.sort(generator.integers(0, 40, 90))

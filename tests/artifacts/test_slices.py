@@ -30,7 +30,10 @@ def objects(values: list[Any]) -> np.ndarray:
         (objects([True, False, True]), ["false", "true"], [1, 2]),
         (objects([3, 1.5, 3]), ["1.5", "3"], [1, 2]),
         (objects([["x"], {"b": 1}, ["x"]]), ['["x"]', '{"b": 1}'], [2, 1]),
-        (objects([1, None, 1]), ["(none)", "1"], [1, 2]),
+        (objects([1, None, 1, 4]), ["1", "4", "(none)"], [2, 1, 1]),
+        (objects([0.5, float("nan"), 2.5, "x"]), ["0.5", "2.5", "NaN", "x"], [1, 1, 1, 1]),
+        (objects([0.5, float("nan")]), ["0.5", "(none)"], [1, 1]),
+        (objects([None, None]), ["(none)"], [2]),
     ],
 )
 def test_names_and_sizes(values: np.ndarray, names: list[str], sizes: list[int]) -> None:
@@ -49,25 +52,25 @@ def test_of_many_labels_the_largest_have_slices_of_their_own() -> None:
 
 
 def test_slices_are_exact_and_small_ones_are_marked() -> None:
-    source = objects(["big"] * 100 + ["few"] * 20 + ["wide"] * 36 + ["one prompt"] * 100)
+    source = objects(["big"] * 100 + ["few"] * 20 + ["wide"] * 36 + ["20 prompts"] * 100)
     margins = np.concatenate(
         [np.where(np.arange(100) < 80, 1.0, -1.0), np.ones(20), np.tile([2.0, -1.0], 18), np.ones(100)]
     )
     prompts = np.arange(256, dtype=np.uint64)
-    prompts[156:] = 10_000
+    prompts[156:] = 10_000 + np.arange(100) // 5
     kept = objects(["x"] * 128 + ["y"] * 128)
     found = report_of([evaluated(with_margins(margins, source=source, prompt_hash=prompts, **{"kept/topic": kept}))])[
         "slices"
     ]
     by_name = {entry["name"]: entry for entry in found["source"]}
-    assert list(by_name) == ["big", "few", "one prompt", "wide"]
-    big, few, one_prompt, wide = by_name.values()
+    assert list(by_name) == ["20 prompts", "big", "few", "wide"]
+    twenty, big, few, wide = by_name.values()
     assert (big["pairs"], big["accuracy"], big["too_small"]) == (100, 0.8, False)
     assert big["margin"] == pytest.approx(0.6)
     assert big["interval"][0] < 0.8 < big["interval"][1]
     assert (few["accuracy"], few["too_small"]) == (1.0, True)  # 20 prompts
     assert (wide["accuracy"], wide["too_small"]) == (0.5, True)  # 36 prompts, ±0.16
-    assert (one_prompt["pairs"], one_prompt["too_small"]) == (100, True)
+    assert (twenty["pairs"], twenty["too_small"]) == (100, True)
     assert [entry["name"] for entry in found["topic"]] == ["x", "y"]
     assert set(found) == {"source", "topic"}  # nothing else parts these pairs
 
@@ -83,3 +86,12 @@ def test_every_kind_has_every_pair_once() -> None:
     assert set(found) == kinds
     for kind in kinds:
         assert sum(entry["pairs"] for entry in found[kind]) == 200, kind
+
+
+def test_a_kept_column_may_be_called_like_one_of_ours() -> None:
+    labels = {"source": objects(["a", "b"]), "kept/source": objects(["x", "y"])}
+    found = report_of([evaluated(with_margins([1.0, 2.0], **labels))])["slices"]
+    assert {kind: [entry["name"] for entry in entries] for kind, entries in found.items()} == {
+        "source": ["a", "b"],
+        "kept/source": ["x", "y"],
+    }

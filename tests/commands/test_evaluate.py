@@ -163,7 +163,7 @@ def test_a_gate_that_fails_ends_with_6_when_everything_is_written(
     margin, low = report["requirements"]
     assert (margin["holds"], low["holds"]) == (True, False)
     assert low["value"] == report["rewards/accuracies_interval"][0]
-    said = f"--require reward_accuracy_low>=0.999: it is {low['value']:.4f}"
+    said = f"--require reward_accuracy_low>=0.999: it is {low['value']:.6g}"
     assert said in result.err
     assert "reward_margin" not in result.err
     status = json.loads((out / "status.json").read_text())
