@@ -68,6 +68,8 @@ class CacheWriter:
         say: Callable[[str], None] = _log.warning,
     ) -> None:
         self.directory = directory
+        self._strays: frozenset[str] = frozenset()
+        """Parts of another run among parts of this one: copied here by mistake, and made anew."""
         self.fingerprint = fingerprint
         self.total_rows = total_rows
         self.tiles = tiles(total_rows, rows_per_part)
@@ -86,11 +88,19 @@ class CacheWriter:
         make_directory(self.directory)
         remove_stale_temporaries(self.directory)
         parts = sorted(self.directory.glob(PART_PATTERN))
+        strays: dict[str, CacheError] = {}
+        num_own = 0
         for path in parts:
             try:
                 self._check_fingerprint(open_part(path).footer.fingerprint, path)
+                num_own += 1
             except (DamagedPartError, FileNotFoundError):
                 continue  # `missing` deals with it
+            except CacheError as error:
+                strays[path.name] = error
+        if strays and not num_own:
+            raise next(iter(strays.values()))
+        self._strays = frozenset(strays)
         expected = {tile.file_name for tile in self.tiles}
         if foreign := [path for path in parts if path.name not in expected]:
             raise CacheError(
@@ -155,6 +165,7 @@ class CacheWriter:
         rows = [*(pair.row for pair in pairs), *(skip.row for skip in skipped)]
         assert sorted(rows) == list(range(tile.start, tile.stop)), "each row of a tile gives one pair or is skipped"
         assert all((pair.reference is not None) == self.fingerprint.is_scored for pair in pairs)
+        assert all(_log_probs_fit(pair) for pair in pairs), "one log-prob for each token of a side"
         _check_finite(pairs)
         footer = self._footer(tile, pairs, skipped)
         write_atomically(self.directory / tile.file_name, lambda file: self._write_part(file, pairs, footer))
@@ -238,6 +249,8 @@ class CacheWriter:
             part = open_part(self.directory / tile.file_name)
         except FileNotFoundError:
             return None
+        if part.path.name in self._strays and compare(part.footer.fingerprint, self.fingerprint):
+            raise DamagedPartError(part.path, "it belongs to another run, unlike the parts beside it")
         self._check_fingerprint(part.footer.fingerprint, part.path)
         if part.footer.tile != tile:
             raise DamagedPartError(part.path, f"it holds the rows {part.footer.tile.start} to {part.footer.tile.stop}")
@@ -318,3 +331,8 @@ def _check_finite(pairs: Sequence[EncodedPair]) -> None:
 
 def _is_finite(reference: ReferenceLogps) -> bool:
     return bool(np.isfinite(reference.chosen).all() and np.isfinite(reference.rejected).all())
+
+
+def _log_probs_fit(pair: EncodedPair) -> bool:
+    found = pair.reference
+    return found is None or (len(found.chosen), len(found.rejected)) == (len(pair.chosen_ids), len(pair.rejected_ids))

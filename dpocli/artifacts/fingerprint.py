@@ -61,12 +61,12 @@ class Fingerprint:
     def digest(self) -> str:
         """Equal for fingerprints that match to continue."""
         parts = [(part.sha256, part.num_rows) for part in self.content]
-        return digest_json([self._reference(), self.dtype, asdict(self.tokenizer), parts, self.settings])
+        return digest_json(_by_value([self._reference(), self.dtype, asdict(self.tokenizer), parts, self.settings]))
 
     @cached_property
     def reference_digest(self) -> str:
         """Names the reference: weights, config, adapter, quantization."""
-        return digest_json(self._reference())
+        return digest_json(_by_value(self._reference()))
 
     def _reference(self) -> dict[str, Any]:
         return asdict(self.reference) if self.reference else _NO_REFERENCE
@@ -175,3 +175,14 @@ def information_differences(fingerprint: Fingerprint, now: Mapping[str, Any]) ->
 
 def _model_or_none(reference: ModelIdentity | None) -> str:
     return "a model" if reference else "none"
+
+
+def _by_value(value: Any) -> Any:
+    """What `changes` calls equal, in one spelling: an entry that is null is none, and 0, 0.0 and false are one number."""
+    if isinstance(value, Mapping):
+        return {key: _by_value(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list | tuple):
+        return [_by_value(entry) for entry in value]
+    if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()):
+        return int(value)
+    return value

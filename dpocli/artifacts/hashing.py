@@ -49,7 +49,7 @@ def digest_json(value: Any) -> str:
 
 @dataclass
 class HashMemory:
-    """sha256 of files, remembered by (path, size, modification time) in a small JSON file.
+    """sha256 of files, remembered by path and by what the file system says of it, in a small JSON file.
 
     Workers write it without a lock: the last one wins, and what is lost that way, or by damage, is hashed again.
     """
@@ -66,7 +66,7 @@ class HashMemory:
     def recall(self, file: Path) -> str | None:
         """The hash of a file that is as it was; None where it is not known."""
         entry = self._known.get(str(file))
-        if not isinstance(entry, dict) or (entry.get("size"), entry.get("mtime_ns")) != _size_and_time(file):
+        if not isinstance(entry, dict) or entry.get("state") != _state(file):
             return None
         sha256 = str(entry.get("sha256"))
         return sha256 if entry.get("check") == _check(file, sha256) else None
@@ -75,12 +75,11 @@ class HashMemory:
         """The hash of a file: recalled, else computed and noted (`save` keeps it)."""
         if (recalled := self.recall(file)) is not None:
             return recalled
-        before = _size_and_time(file)
+        before = _state(file)
         sha256 = sha256_of_file(file)
-        if before == _size_and_time(file) and time.time() - before[1] / 1e9 > _SETTLED_SECONDS:
+        if before == _state(file) and time.time() - before[1] / 1e9 > _SETTLED_SECONDS:
             self._known[str(file)] = {
-                "size": before[0],
-                "mtime_ns": before[1],
+                "state": before,
                 "sha256": sha256,
                 "check": _check(file, sha256),
             }
@@ -127,6 +126,18 @@ def weights_hashes(model_dir: Path, hash_memory: HashMemory | None = None) -> di
         hashes = list(threads.map(lambda name: _hub_hash(model_dir / name) or _hash(model_dir / name, memory), names))
     memory.save()
     return dict(zip(names, hashes, strict=True))
+
+
+def file_hash(path: Path, memory: HashMemory) -> str:
+    """sha256 of one file of weights.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    with file_errors_in_words(f"Hashing {path}"):
+        sha256 = _hub_hash(path) or _hash(path, memory)
+    memory.save()
+    return sha256
 
 
 def code_hashes(model_dir: Path) -> dict[str, str]:
@@ -193,9 +204,13 @@ def _hash(path: Path, memory: HashMemory) -> str:
     return memory.sha256(path.resolve())
 
 
-def _size_and_time(path: Path) -> tuple[int, int]:
+def _state(path: Path) -> list[int]:
+    """Size, time of the last write, time of the last change of any kind, number on the disk.
+
+    The first two alone can be put back, as archives and copies do; the third cannot.
+    """
     status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def _without(value: Any) -> Any:

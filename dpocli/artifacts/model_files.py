@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from dpocli.artifacts.files import file_errors_in_words
-from dpocli.artifacts.hashing import HashMemory, code_hashes, digest_json, meaningful_config, weights_hashes
+from dpocli.artifacts.hashing import (
+    HashMemory,
+    code_hashes,
+    digest_json,
+    file_hash,
+    meaningful_config,
+    weights_hashes,
+)
 from dpocli.errors import UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -49,7 +56,7 @@ class ModelFiles:
         adapter = None
         if self.adapter:
             adapter = {
-                "weights": weights_hashes(self.adapter, memory)[ADAPTER_WEIGHTS],
+                "weights": file_hash(self.adapter / ADAPTER_WEIGHTS, memory),
                 "config": _meaning(adapter_config(self.adapter)),
             }
         return ModelIdentity(
@@ -106,7 +113,8 @@ def adapter_config(directory: Path) -> dict[str, Any]:
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """Less what decides nothing, and what is off: later versions of peft write more fields, all of them off."""
     return {
-        name: sorted(value, key=str) if isinstance(value, list) else value
+        name: sorted(value) if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else value
         for name, value in sorted(config.items())
-        if name not in _ADAPTER_CONFIG_WITHOUT_MEANING and value not in (None, False, [], {}, "none")
+        if name not in _ADAPTER_CONFIG_WITHOUT_MEANING
+        and not (value is None or value is False or value in ([], {}, "none"))
     }

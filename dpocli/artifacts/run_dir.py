@@ -25,6 +25,7 @@ from dpocli.artifacts.status import (
     Status,
     StatusFile,
     is_alive,
+    launch_name,
     mark_recorded,
     new_status,
     shard_suffix,
@@ -68,7 +69,11 @@ class RunDirectory:
         self._is_writer = rank == 0
         self._config_path = path / f"config{shard_suffix(shard)}.yaml"
         self._file = StatusFile(path, shard)
-        self._failure_path = path / f".failure{shard_suffix(shard)}.json"
+        self._failure_path = path / f".failure{shard_suffix(shard)}-{launch_name()}.json"
+        if rank == 0:
+            # As early as that: a process that is quicker may have failed before this one comes to its directory.
+            with suppress(OSError):
+                self._failure_path.unlink(missing_ok=True)
         self._shard, self._companions = shard, companions
         self.is_companion = False
         """Whether another writer was there first."""
@@ -121,7 +126,8 @@ class RunDirectory:
         with suppress(OSError, DpoError):
             write_json(self._failure_path, asdict(outcome))
             status = self._file.read()
-            if status is not None and status.state in ("done", "preempted"):
+            ended_well = status is not None and status.state in ("done", "preempted")
+            if status is not None and ended_well and status.launch == launch_name():
                 self._file.write(replace(status, **asdict(outcome)))
 
     def _with_failure_of_others(self, outcome: Outcome) -> Outcome:
@@ -154,9 +160,9 @@ class RunDirectory:
         if self._is_writer and not self.is_companion:
             write_atomically(self._config_path, dump_yaml(options, self._status.command))
 
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`."""
-        if self._is_writer:
+    def write_summary(self, summary: Mapping[str, Any], *, from_any: bool = False) -> None:
+        """Write `summary.json`; `from_any` process, where the first one may have ended before there was so much to say."""
+        if self._is_writer or from_any:
             write_json(self.path / "summary.json", without_nan(summary))
 
     def _open(self) -> None:
@@ -175,7 +181,6 @@ class RunDirectory:
             raise
 
     def _begin(self) -> None:
-        self._failure_path.unlink(missing_ok=True)
         self._write_status()
         if self._companions and not self.is_companion:
             remove_dead_companions(self.path, self._shard)

@@ -4,6 +4,7 @@ Launchers swallow exit codes (torchrun turns every one into 1), so scripts read 
 """
 
 import errno
+import hashlib
 import os
 import re
 import socket
@@ -56,11 +57,27 @@ def _classify(error: BaseException) -> tuple[ExitCode, str]:
         return ExitCode.RESOURCES, f"{error.filename or 'The output'}: {error.strerror}. Make room and start again."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
         return ExitCode.USAGE, f"{error.filename}: {error.strerror}."
+    if is_lost_peer(error):
+        return ExitCode.RESOURCES, (
+            "Another process of this run has ended, or cannot be reached any more; what it said stands above, or in its own log. "
+            "The same command line goes on from what is saved."
+        )
     return ExitCode.BUG, (
         f"{type(error).__name__}: {error}. This is a bug in dpocli: please report it with the traceback and the command."
     )
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that a process on the other side of an exchange is gone; told without importing torch."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"DistNetworkError", "DistBackendError", "DistStoreError"}) or (
+        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+    )
+
+
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Broken pipe.*gloo|gloo.*(Timed out|timeout)", re.DOTALL
+)
 _OUT_OF_MEMORY = re.compile(
     r"DefaultCPUAllocator: |CUDA error: out of memory|\b[A-Z]+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED\b"
 )
@@ -93,6 +110,8 @@ class Status:
     """When the system started that process, so that another with the same number is not taken for it."""
     started: float
     heartbeat: float
+    launch: str = ""
+    """Which processes belong together."""
 
     @property
     def is_of_this_host(self) -> bool:
@@ -154,7 +173,15 @@ def new_status(command: str) -> Status:
         pid_started=process_start(pid),
         started=time.time(),
         heartbeat=time.time(),
+        launch=launch_name(),
     )
+
+
+def launch_name() -> str:
+    """The same on all processes that one launcher started together, and on no others; empty without one."""
+    torchrun = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
+    found = [os.environ.get(name, "") for name in (*torchrun, "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
+    return hashlib.sha256("/".join(found).encode()).hexdigest()[:12] if any(found) else ""
 
 
 def is_alive(status: Status) -> bool:

@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,18 +112,17 @@ def _fill(job: Job) -> None:
     """Tiles that are there already are not touched."""
     options, terminal = job.options, job.terminal
     rank, _, _ = launched(options.launcher)
-    with (
-        RunDirectory(
-            options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=terminal.say
-        ) as out,
-        StopFlag() as stop,
-    ):
+    with ExitStack() as stack:
+        out = stack.enter_context(
+            RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=terminal.say)
+        )
         terminal.say(
             f"{job.rows.num_rows:,} rows; reference {options.model} in {dtype_name(job.dtype)} on {job.device}"
         )
-        writer = job.writer()
+        writer = job.writer()  # hashes the model; until here there is nothing to save, and a signal ends it at once
         writer.check()
         reference = job.reference(writer)
+        stop = stack.enter_context(StopFlag())
         out.write_config(options)
 
         def heed_stop(finish: Callable[[], None] = lambda: None) -> None:
@@ -137,6 +136,7 @@ def _fill(job: Job) -> None:
             start = random.randrange(max(len(missing), 1))
             missing = missing[start:] + missing[:start]
             terminal.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
+        missing = job.team.from_first(missing)
         tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options), options, terminal)
 
         with (
@@ -168,7 +168,8 @@ def _fill(job: Job) -> None:
         judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.max_skipped)
         if summary["complete"] and summary["pairs"]:
             summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
-        out.write_summary(summary)
+        # Whoever writes the last part has the last word, whether it is the first process or not.
+        out.write_summary(summary, from_any=summary["complete"])
         terminal.result(summary, lambda printer: _render(printer, summary))
 
 

@@ -19,7 +19,7 @@ from dpocli.config.loss_choice import LossChoice
 from dpocli.engine import passes
 from dpocli.engine.trainer import StepOutcome, Trainer
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, moments_of, quiet, start
-from tests.commands.test_two_processes import TORCHRUN
+from tests.commands.ranks import TORCHRUN
 
 ALL_OF_THEM = "aot+aot_unpaired+beta_dpo(beta_dpo_alpha=0.1)+2*bco_pair(beta=0.1)+sft"
 MIXTURE = "0.8*dpo+0.2*bco_pair(beta=0.1)+sft"
