@@ -15,6 +15,7 @@ from dpocli.artifacts.page_words import (
     points,
     reward_in_words,
     rewards_compare,
+    ties_throughout,
     verdict_on,
 )
 from dpocli.config.loss_choice import LossChoice
@@ -100,7 +101,12 @@ def model_lines(report: Report) -> list[dict[str, str]]:
     if len(models) < 2:
         return []
     differences = {comparison["model"]: comparison for comparison in report.get("comparisons") or []}
-    return [_model_line(model, differences.get(model.get("name"), {})) for model in models]
+    # One that is its reference ties on all pairs: a difference to it would look like a leap and say nothing.
+    tied = [ties_throughout(model) for model in models]
+    return [
+        _model_line(model, {} if tied[0] or is_tied else differences.get(model.get("name"), {}))
+        for model, is_tied in zip(models, tied, strict=True)
+    ]
 
 
 def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:

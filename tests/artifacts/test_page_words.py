@@ -70,6 +70,20 @@ def test_models_are_compared_by_the_interval_of_their_difference():
     assert [line["verdict"] for line in lines] == ["", "better", "not told apart"]
 
 
+def test_nothing_is_held_against_a_model_that_is_its_reference():
+    """It ranks no pair right: +63 points would look like a leap."""
+    report = made_up_report(TABLE, **{"rewards/ties": 1.0})
+    report["models"][0]["rewards/ties"] = 1.0
+    told = " ".join(headline(report).may)
+    assert "cannot be held" in told
+    assert "points" not in told
+    assert [line["difference"] for line in model_lines(report)] == ["", "", ""]
+    turned = made_up_report(TABLE)
+    turned["models"][1]["rewards/ties"] = 1.0
+    assert "step-200" not in " ".join(headline(turned).may)
+    assert [bool(line["difference"]) for line in model_lines(turned)] == [False, False, True]
+
+
 def test_models_of_other_losses_are_compared_by_accuracy_alone():
     report = made_up_report(TABLE)
     report["comparisons"][0] |= {"margin_difference": None, "margin_interval": None}
