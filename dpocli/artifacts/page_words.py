@@ -101,7 +101,10 @@ def _against_length(report: Report) -> list[str]:
         return [
             f"Always picking the {rule} answer does better, with {percent(best)}: as a judge of such pairs the model is no use."
         ]
-    return [f"Length might explain it: always picking the {rule} answer is right in {percent(best)} as well."]
+    return [
+        f"Length alone is not ruled out as the reason: always picking the {rule} answer is right in {percent(best)}, which the "
+        "interval holds."
+    ]
 
 
 def _against_each_other(report: Report) -> list[str]:
