@@ -62,6 +62,20 @@ def _all_figures(report: Report) -> Iterator[Figure]:
     for key, (name, meaning) in _ACCURACIES.items():
         entry = (report.get("accuracies") or {}).get(key) or {}
         yield Figure(name, percent(entry.get("value")), between(entry.get("interval"), percent), meaning)
+    second = report.get("second_reference") or {}
+    own, both = second.get("accuracy") or {}, f"over the {number(second.get('pairs'))} pairs that both caches hold"
+    yield Figure(
+        "Against the second reference",
+        percent(second.get(ACCURACY)),
+        between(second.get(f"{ACCURACY}_interval"), percent),
+        f"Reward accuracy against {second.get('cache')}, {both}.",
+    )
+    yield Figure(
+        "Accuracy of the second reference",
+        percent(own.get("value")),
+        between(own.get("interval"), percent),
+        f"Which answer it finds more likely itself, {both}.",
+    )
     yield share("Ties", "rewards/ties", "Pairs whose rewards are equal to the last digit.")
     yield share(
         "Within noise", "rewards/within_noise", "Pairs whose margin is smaller than what rounding in this dtype can do."

@@ -103,3 +103,16 @@ def test_the_table_has_accuracy_first_and_every_figure_that_is_there():
     assert lines[0].name == "Reward accuracy"
     assert len(lines) == 17
     assert all(line.meaning for line in lines)
+
+
+def test_a_second_reference_has_its_lines():
+    second = {
+        "cache": "ref-b",
+        "pairs": 120,
+        "accuracy": {"value": 0.52, "interval": [0.4, 0.6]},
+        "rewards/accuracies": 0.7,
+    }
+    lines = {line.name: line for line in figure_lines(made_up_report(TABLE, second_reference=second))}
+    assert lines["Against the second reference"].value == "70.0%"
+    assert "ref-b, over the 120 pairs" in lines["Against the second reference"].meaning
+    assert lines["Accuracy of the second reference"].interval == "40.0% to 60.0%"
