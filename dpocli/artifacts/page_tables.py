@@ -15,6 +15,7 @@ from dpocli.artifacts.page_words import (
     points,
     reward_in_words,
     rewards_compare,
+    ties_throughout,
     verdict_on,
 )
 from dpocli.config.loss_choice import LossChoice
@@ -61,6 +62,20 @@ def _all_figures(report: Report) -> Iterator[Figure]:
     for key, (name, meaning) in _ACCURACIES.items():
         entry = (report.get("accuracies") or {}).get(key) or {}
         yield Figure(name, percent(entry.get("value")), between(entry.get("interval"), percent), meaning)
+    second = report.get("second_reference") or {}
+    own, both = second.get("accuracy") or {}, f"over the {number(second.get('pairs'))} pairs that both caches hold"
+    yield Figure(
+        "Against the second reference",
+        percent(second.get(ACCURACY)),
+        between(second.get(f"{ACCURACY}_interval"), percent),
+        f"Reward accuracy against {second.get('cache')}, {both}.",
+    )
+    yield Figure(
+        "Accuracy of the second reference",
+        percent(own.get("value")),
+        between(own.get("interval"), percent),
+        f"Which answer it finds more likely itself, {both}.",
+    )
     yield share("Ties", "rewards/ties", "Pairs whose rewards are equal to the last digit.")
     yield share(
         "Within noise", "rewards/within_noise", "Pairs whose margin is smaller than what rounding in this dtype can do."
@@ -100,7 +115,12 @@ def model_lines(report: Report) -> list[dict[str, str]]:
     if len(models) < 2:
         return []
     differences = {comparison["model"]: comparison for comparison in report.get("comparisons") or []}
-    return [_model_line(model, differences.get(model.get("name"), {})) for model in models]
+    # One that is its reference ties on all pairs: a difference to it would look like a leap and say nothing.
+    tied = [ties_throughout(model) for model in models]
+    return [
+        _model_line(model, {} if tied[0] or is_tied else differences.get(model.get("name"), {}))
+        for model, is_tied in zip(models, tied, strict=True)
+    ]
 
 
 def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:

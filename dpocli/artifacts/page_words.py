@@ -65,17 +65,15 @@ def _sentence(report: Report) -> str:
 
 def _verdict(report: Report) -> str:
     bounds = report.get(f"{ACCURACY}_interval")
-    # A model that is its reference ranks no pair right, and is no worse for it.
-    if not bounds or None in bounds or (report.get("rewards/ties") or 0) > MANY_TIES:
+    if not bounds or None in bounds or ties_throughout(report):
         return "open"
     return "better" if bounds[0] > 0.5 else "worse" if bounds[1] < 0.5 else "open"
 
 
 def _against_chance(report: Report, verdict: str) -> str:
-    ties = report.get("rewards/ties") or 0
-    if ties > MANY_TIES:
+    if ties_throughout(report):
         return (
-            f"Most margins are exactly 0 ({percent(ties)} ties, which count as not right): the model is its reference, or "
+            f"Most margins are exactly 0 ({percent(report['rewards/ties'])} ties, which count as not right): the model is its reference, or "
             "nearly so, and there is nothing to conclude yet."
         )
     bounds = between(report.get(f"{ACCURACY}_interval"), percent)
@@ -89,6 +87,8 @@ def _against_chance(report: Report, verdict: str) -> str:
 
 
 def _against_length(report: Report) -> list[str]:
+    if ties_throughout(report):
+        return []
     longer = _value(report, "pick_the_longer")
     bounds = report.get(f"{ACCURACY}_interval")
     if longer is None or not bounds or None in bounds:
@@ -101,15 +101,23 @@ def _against_length(report: Report) -> list[str]:
         return [
             f"Always picking the {rule} answer does better, with {percent(best)}: as a judge of such pairs the model is no use."
         ]
-    return [f"Length might explain it: always picking the {rule} answer is right in {percent(best)} as well."]
+    return [
+        f"Length alone is not ruled out as the reason: always picking the {rule} answer is right in {percent(best)}, which the "
+        "interval holds."
+    ]
 
 
 def _against_each_other(report: Report) -> list[str]:
     comparisons = report.get("comparisons") or []
+    if comparisons and ties_throughout(report):
+        return [
+            f"Against {comparisons[0]['against']} the others cannot be held: as the reference itself it ties on its pairs, "
+            "which counts as not right. Hold their accuracies against 50%."
+        ]
     told = []
     for entry in comparisons[-MOST_COMPARISONS:]:
         bounds, difference = entry.get("accuracy_interval"), entry.get("accuracy_difference")
-        if difference is None:
+        if difference is None or ties_throughout(_model(report, entry["model"])):
             continue
         verdict, interval = verdict_on(bounds), between(bounds, points)
         by = f"{points(difference)} points on the same {entry['pairs']:,} pairs, 95% interval {interval}"
@@ -150,6 +158,16 @@ def _limits(report: Report) -> list[str]:
             "which are not samples of the model."
         )
     return limits
+
+
+def ties_throughout(figures: Report) -> bool:
+    """Whether a model is its reference, or nearly so: it ranks no pair right then, and is no worse for it."""
+    return (figures.get("rewards/ties") or 0) > MANY_TIES
+
+
+def _model(report: Report, name: str) -> Report:
+    models: Sequence[Report] = report.get("models") or []
+    return next((model for model in models if model.get("name") == name), {})
 
 
 def rewards_compare(report: Report) -> bool:

@@ -1,10 +1,20 @@
 """What all plots look like."""
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 BLUE, RED, GRAY = "#0072b2", "#d55e00", "#5f5f5f"  # two colours that the colour-blind tell apart
 SPINE, GRID = "#c8c8c8", "#ececec"
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """In inches, without a window or any other state of the library."""
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def make_quiet(area: Axes, grid: str = "y") -> None:
@@ -33,3 +43,8 @@ def whole_steps(area: Axes) -> None:
 def plain_number(value: float, _: float) -> str:
     """As a tick label, without powers of ten."""
     return f"{value:g}"
+
+
+def is_number(value: object) -> bool:
+    """Whether there is something to draw."""
+    return isinstance(value, int | float) and bool(np.isfinite(value))

@@ -5,14 +5,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from dpocli.artifacts.pair_table import PairTable
-from dpocli.artifacts.plot_style import BLUE, GRAY, RED, make_quiet, plain_number, whole_steps, with_titles
-from dpocli.artifacts.visible_text import one_line
+from dpocli.artifacts.plot_style import (
+    BLUE,
+    GRAY,
+    RED,
+    blank_figure,
+    is_number,
+    make_quiet,
+    plain_number,
+    whole_steps,
+    with_titles,
+)
+from dpocli.artifacts.slices_plot import draw_slices
 
 Report = Mapping[str, Any]
 Values = NDArray[np.float64]
@@ -27,8 +35,6 @@ MANY_POINTS = 1500
 MOST_POINTS = 20_000
 FEW_STEPS = 6
 """Checkpoints of which each has its tick."""
-MOST_SLICES = 40
-"""Lines of the plot of slices; the table has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,18 +75,12 @@ def report_plots(report: Report, table: PairTable) -> list[Plot]:
     return [Plot(name, caption, figure) for name, (figure, caption) in figures.items() if figure is not None]
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def draw_margins(margins: Values) -> Figure | None:
     """Distribution of the margin; shape of the argument (pairs,)."""
     margins = margins[np.isfinite(margins)]
     if not len(margins):
         return None
-    figure = _figure(6.6, 3.6)
+    figure = blank_figure(6.6, 3.6)
     area = figure.subplots()
     make_quiet(area)
     low, high = _reach(margins)
@@ -107,11 +107,11 @@ def draw_reliability(calibration: Mapping[str, Any]) -> Figure | None:
     bins = [
         bin_
         for bin_ in calibration.get("bins") or []
-        if bin_.get("pairs") and _is_number(bin_.get("accuracy")) and _is_number(bin_.get("mean_probability"))
+        if bin_.get("pairs") and is_number(bin_.get("accuracy")) and is_number(bin_.get("mean_probability"))
     ]
     if not bins:
         return None
-    figure = _figure(6.6, 3.6)
+    figure = blank_figure(6.6, 3.6)
     area = figure.subplots()
     make_quiet(area, grid="both")
     area.plot([0, 1], [0, 1], color=GRAY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
@@ -137,54 +137,6 @@ def draw_reliability(calibration: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def draw_slices(slices: Mapping[str, Sequence[Mapping[str, Any]]], overall: float | None) -> Figure | None:
-    """Accuracy of every slice with its interval, group by group."""
-    lines: list[tuple[str, Mapping[str, Any] | None]] = []
-    for group, entries in slices.items():
-        known = [entry for entry in entries if _is_number(entry.get("accuracy"))]
-        if len(known) > 1:
-            lines += [(one_line(group.replace("_", " "), 34), None), *((str(entry["name"]), entry) for entry in known)]
-    lines = lines[:MOST_SLICES]
-    if not lines:
-        return None
-    figure = _figure(6.6, 0.7 + 0.24 * len(lines))
-    area = figure.subplots()
-    make_quiet(area, grid="x")
-    for place, (_, entry) in enumerate(lines):
-        if entry is not None:
-            _draw_slice(area, -place, entry)
-    area.axvline(0.5, color=GRAY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    if _is_number(overall):
-        area.axvline(float(overall or 0), color=BLUE, linewidth=1.0, alpha=0.6, zorder=1)
-    # Names come from the data: a dollar sign in one is no formula.
-    labels = [one_line(name, 34) if entry else name for name, entry in lines]
-    area.set_yticks([-place for place in range(len(lines))], labels=labels, parse_math=False)
-    for label, (_, entry) in zip(area.get_yticklabels(), lines, strict=True):
-        label.set_fontweight("normal" if entry else "bold")
-    area.set_ylim(-len(lines) + 0.4, 0.6)
-    bounds = [bound for _, entry in lines if entry for bound in _bounds(entry)]
-    area.set_xlim(max(0.0, min(0.45, *bounds) - 0.03), min(1.0, max(0.55, *bounds) + 0.03))
-    area.spines["left"].set_visible(False)
-    with_titles(area, "Accuracy by slice", "95% intervals")
-    return figure
-
-
-def _draw_slice(area: Axes, height: int, entry: Mapping[str, Any]) -> None:
-    color = GRAY if entry.get("too_small") else BLUE
-    bounds = _bounds(entry)
-    area.plot([min(bounds), max(bounds)], [height, height], color=color, linewidth=1.4, zorder=2, clip_on=False)
-    face = "none" if entry.get("too_small") else color
-    area.plot(
-        entry["accuracy"], height, "o", color=color, markerfacecolor=face, markersize=4.5, zorder=3, clip_on=False
-    )
-
-
-def _bounds(entry: Mapping[str, Any]) -> list[float]:
-    """Of the interval, where there is one; the accuracy lies within."""
-    interval = [bound for bound in entry.get("interval") or [] if _is_number(bound)]
-    return [*interval, float(entry["accuracy"])]
-
-
 def draw_rewards(chosen: Values, rejected: Values) -> Figure | None:
     """Chosen against rejected rewards, each of shape (pairs,)."""
     finite = np.isfinite(chosen) & np.isfinite(rejected)
@@ -194,7 +146,7 @@ def draw_rewards(chosen: Values, rejected: Values) -> Figure | None:
     if len(chosen) > MOST_POINTS:  # evenly over the data set, the same at each call
         places = np.linspace(0, len(chosen) - 1, MOST_POINTS).astype(np.int64)
         chosen, rejected = chosen[places], rejected[places]
-    figure = _figure(6.6, 3.6)
+    figure = blank_figure(6.6, 3.6)
     area = figure.subplots()
     make_quiet(area, grid="both")
     (left, right), (bottom, top) = _reach(rejected), _reach(chosen)
@@ -229,7 +181,7 @@ def draw_checkpoints(models: Sequence[Mapping[str, Any]]) -> Figure | None:
     points = sorted((model for model in models if model.get("step") is not None), key=lambda model: int(model["step"]))
     if len(points) < 2:
         return None
-    figure = _figure(9.0, 3.4)
+    figure = blank_figure(9.0, 3.4)
     panels = (
         ("rewards/accuracies", "Accuracy over checkpoints", "share of pairs", 0.5),
         ("rewards/margins", "Margin over checkpoints", "chosen - rejected", 0.0),
@@ -240,7 +192,7 @@ def draw_checkpoints(models: Sequence[Mapping[str, Any]]) -> Figure | None:
         area.yaxis.set_major_formatter(plain_number)
         with_titles(area, title, unit)
         area.set_xlabel("step", color=GRAY)
-        known = [point for point in points if _is_number(point.get(key))]
+        known = [point for point in points if is_number(point.get(key))]
         steps, values = [point["step"] for point in known], [point[key] for point in known]
         if not known:
             area.text(0.5, 0.5, "not comparable", transform=area.transAxes, ha="center", va="center", color=GRAY)
@@ -269,7 +221,3 @@ def _reach(values: Values) -> tuple[float, float]:
 def _cut(values: Values) -> bool:
     low, high = _reach(values)
     return bool(values.min() < low or values.max() > high)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and bool(np.isfinite(value))

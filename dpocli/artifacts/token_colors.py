@@ -53,6 +53,8 @@ class Palette:
 
     def legend(self) -> list[tuple[str, str]]:
         """Classes with what they stand for, from the one end to the other."""
+        if not self.strongest:
+            return [("", "0")]
         steps = [(level, self.strongest * level / LEVELS) for level in range(1, LEVELS + 1)]
         if not self.has_reference:
             return [(f"s{level}", f"−{value:.2g}") for level, value in steps]

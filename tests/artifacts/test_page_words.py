@@ -40,7 +40,7 @@ def test_a_model_that_is_its_reference_is_not_called_worse():
     [
         (0.55, "does not explain"),
         (0.45, "picking the shorter answer is right in 55.0%"),
-        (0.65, "might explain"),
+        (0.65, "not ruled out"),
         (0.75, "no use"),
     ],
 )
@@ -70,6 +70,20 @@ def test_models_are_compared_by_the_interval_of_their_difference():
     assert [line["verdict"] for line in lines] == ["", "better", "not told apart"]
 
 
+def test_nothing_is_held_against_a_model_that_is_its_reference():
+    """It ranks no pair right: +63 points would look like a leap."""
+    report = made_up_report(TABLE, **{"rewards/ties": 1.0})
+    report["models"][0]["rewards/ties"] = 1.0
+    told = " ".join(headline(report).may)
+    assert "cannot be held" in told
+    assert "points on" not in told
+    assert [line["difference"] for line in model_lines(report)] == ["", "", ""]
+    turned = made_up_report(TABLE)
+    turned["models"][1]["rewards/ties"] = 1.0
+    assert "step-200" not in " ".join(headline(turned).may)
+    assert [bool(line["difference"]) for line in model_lines(turned)] == [False, False, True]
+
+
 def test_models_of_other_losses_are_compared_by_accuracy_alone():
     report = made_up_report(TABLE)
     report["comparisons"][0] |= {"margin_difference": None, "margin_interval": None}
@@ -89,3 +103,16 @@ def test_the_table_has_accuracy_first_and_every_figure_that_is_there():
     assert lines[0].name == "Reward accuracy"
     assert len(lines) == 17
     assert all(line.meaning for line in lines)
+
+
+def test_a_second_reference_has_its_lines():
+    second = {
+        "cache": "ref-b",
+        "pairs": 120,
+        "accuracy": {"value": 0.52, "interval": [0.4, 0.6]},
+        "rewards/accuracies": 0.7,
+    }
+    lines = {line.name: line for line in figure_lines(made_up_report(TABLE, second_reference=second))}
+    assert lines["Against the second reference"].value == "70.0%"
+    assert "ref-b, over the 120 pairs" in lines["Against the second reference"].meaning
+    assert lines["Accuracy of the second reference"].interval == "40.0% to 60.0%"

@@ -9,9 +9,9 @@ from dpocli.artifacts.report_plots import (
     draw_margins,
     draw_reliability,
     draw_rewards,
-    draw_slices,
     report_plots,
 )
+from dpocli.artifacts.slices_plot import draw_slices
 from tests.reports import made_up_report, made_up_table
 
 GENERATOR = np.random.default_rng(0)

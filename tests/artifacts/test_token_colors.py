@@ -40,7 +40,7 @@ def test_without_any_difference_there_are_no_colors():
     tokens = (ShownToken("x", 0.0, True),)
     palette = Palette.of(Showcase((made_up_pair(chosen=tokens, rejected=tokens),), (), has_reference=True))
     assert colored(tokens, palette).head == '<span title="+0">x</span>'
-    assert palette.legend()
+    assert palette.legend() == [("", "0")]
 
 
 def test_the_legend_goes_from_one_end_to_the_other():

@@ -101,7 +101,7 @@ def test_evaluate_keeps_one_piece_a_window_and_windows_change_nothing(
         monkeypatch.setattr(evaluate, "PAIRS_AT_ONCE", window)
         out = tmp_path / str(window)
         line = ("evaluate", "--model", MODEL, "--reference", held_out_cache, "--out", out, "--token-budget", 16)
-        assert dpocli(*line).code == 0
+        assert dpocli(*line, "--show-pairs", 0).code == 0  # which would be gathered too
         tables.append(pq.read_table(out / "pairs.parquet"))
     assert gathered == [1, 5]
     assert tables[0] == tables[1]
