@@ -82,7 +82,8 @@ class CacheWriter:
 
         Raises:
             UsageError: it is something else than a cache, or cannot be written.
-            CacheError: it holds parts that were made with other settings.
+            CacheError: it holds parts that were made with other settings. (A few among more that were not were copied there
+                by mistake: they count as damaged.)
         """
         check_destination(self.directory)
         make_directory(self.directory)
@@ -98,7 +99,7 @@ class CacheWriter:
                 continue  # `missing` deals with it
             except CacheError as error:
                 strays[path.name] = error
-        if strays and not num_own:
+        if strays and len(strays) >= num_own:
             raise next(iter(strays.values()))
         self._strays = frozenset(strays)
         expected = {tile.file_name for tile in self.tiles}
@@ -249,8 +250,10 @@ class CacheWriter:
             part = open_part(self.directory / tile.file_name)
         except FileNotFoundError:
             return None
-        if part.path.name in self._strays and compare(part.footer.fingerprint, self.fingerprint):
-            raise DamagedPartError(part.path, "it belongs to another run, unlike the parts beside it")
+        if part.path.name in self._strays and (found := compare(part.footer.fingerprint, self.fingerprint)):
+            raise DamagedPartError(
+                part.path, f"it belongs to another run ({'; '.join(found)}), unlike most parts beside it"
+            )
         self._check_fingerprint(part.footer.fingerprint, part.path)
         if part.footer.tile != tile:
             raise DamagedPartError(part.path, f"it holds the rows {part.footer.tile.start} to {part.footer.tile.stop}")

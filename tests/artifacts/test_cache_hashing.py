@@ -149,3 +149,13 @@ def test_config_json_missing(tmp_path):
 def test_code_beside_a_model(tmp_path):
     (tmp_path / "modeling.py").write_bytes(b"pass")
     assert code_hashes(tmp_path) == {"modeling.py": sha256(b"pass")}
+
+
+def test_other_content_under_an_old_date_is_other_content(model, tmp_path):
+    """As archives and `cp -p` leave it: the same name, size and time."""
+    path, memory = model / "model.safetensors", tmp_path / ".hashes.json"
+    weights_hashes(model, HashMemory(memory))
+    date = path.stat().st_mtime_ns
+    path.write_bytes(b"WEIGHTS")
+    os.utime(path, ns=(date, date))
+    assert weights_hashes(model, HashMemory(memory)) == {"model.safetensors": sha256(b"WEIGHTS")}

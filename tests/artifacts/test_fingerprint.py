@@ -335,3 +335,11 @@ def test_a_store_checks_the_tokenizer_of_the_policy(tmp_path):
     other = bpe(extra=["<pad>"])
     other.chat_template = None
     assert store.check_tokenizer(other) == ["chat template: one before, none now"]
+
+
+def test_a_configuration_is_the_same_by_value(model_dir, tmp_path):
+    """Continuing, reusing and reading must not disagree about spellings."""
+    spelled = {"model_type": "llama", "rope_parameters": {"rope_theta": 10000}, "attention_dropout": None}
+    before, after = build(model_dir), build(with_file(model_dir, tmp_path, "config.json", json.dumps(spelled)))
+    assert compare(before, after) == compare_references(before, after) == []
+    assert (before.digest, before.reference_digest) == (after.digest, after.reference_digest)

@@ -412,3 +412,29 @@ def test_a_failure_on_another_rank_is_the_outcome_whoever_ends_first(tmp_path):
     with RunDirectory(tmp_path, "precompute"):
         pass
     assert state()[0] == "done"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"),
+        RuntimeError("Connection reset by peer"),
+        type("DistNetworkError", (RuntimeError,), {})("The client socket has timed out"),
+    ],
+)
+def test_a_lost_process_is_no_bug_of_this_one(error):
+    outcome = Outcome.of(error)
+    assert (outcome.state, outcome.exit_code) == ("failed", 7)
+    assert "Another process of this run" in outcome.message
+
+
+def test_a_process_of_another_launch_leaves_the_status_alone(tmp_path, monkeypatch):
+    with RunDirectory(tmp_path, "precompute"):
+        pass
+    monkeypatch.setenv("MASTER_ADDR", "node-1")
+    RunDirectory(tmp_path, "precompute", rank=1).__exit__(DataError, DataError("row 7"), None)
+    monkeypatch.delenv("MASTER_ADDR")
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+    with RunDirectory(tmp_path, "precompute"):
+        pass
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"

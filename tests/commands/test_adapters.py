@@ -237,6 +237,13 @@ def test_an_adapter_that_cannot_be_used(
     assert re.search(words, refused.err, re.DOTALL)
 
 
+def test_an_adapter_beside_weights_of_a_model(dpocli: Run, run: Path, adapted_cache: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(run / "model", tmp_path / "adapter")
+    shutil.copy(MODEL / "model.safetensors", adapter)
+    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 16, "--out", adapted_cache)
+    assert dpocli(*line, "--adapter", adapter, "--json").json["complete"]
+
+
 def test_a_base_that_is_gone_can_be_named(dpocli: Run, run: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(run / "model", tmp_path / "adapter")
     rewrite_config(adapter, base_model_name_or_path=str(tmp_path / "gone"))

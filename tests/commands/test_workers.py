@@ -18,8 +18,9 @@ from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands.reference import Reference
 from dpocli.data.preference import EncodedPair, Skipped
-from tests.caches import content_of, parts_of, tree
+from tests.caches import assert_same_values, content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import MODEL, ROOT, TRAIN, Run, quiet, start_held
+from tests.commands.ranks import on_processes
 
 ROWS, ROWS_PER_PART = 60, 5
 LINE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)
@@ -326,3 +327,36 @@ def test_an_error_names_the_task(alone: Path, tmp_path: Path, dpocli: Run, monke
     result = dpocli(*LINE, "--out", alone, "--launcher", "slurm", "--max-length", 50)
     assert result.code == 4
     assert result.err.startswith("error (rank 1): ")
+
+
+def test_a_team_beside_another_writer_agrees_on_the_order(tmp_path: Path) -> None:
+    """Only its first process knows that there is another, and begins elsewhere: the others have to follow."""
+    quiet(*LINE, "--out", tmp_path / "alone")
+    with RunDirectory(out := tmp_path / "ref", "precompute", companions=True):
+        on_processes(2, *LINE, "--out", out, "--shards", 2)
+    assert_same_values(pairs_in(tmp_path / "alone"), pairs_in(out))
+
+
+def test_who_writes_the_last_part_has_the_last_word(
+    tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(2):
+        for name, value in {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": 2, "SLURM_LOCALID": rank}.items():
+            monkeypatch.setenv(name, str(value))
+        assert dpocli(*LINE, "--launcher", "slurm", "--out", tmp_path / "ref").code == 0
+        summary = json.loads((tmp_path / "ref" / "summary.json").read_text())
+        assert (summary["complete"], "triage" in summary) == (rank == 1, rank == 1)
+
+
+def test_a_part_of_another_run_among_ours_is_made_anew(tmp_path: Path, dpocli: Run) -> None:
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    quiet(*LINE, "--out", ours)
+    before = content_of(ours)
+    quiet(*LINE, "--max-length", 500, "--out", other)
+    name = sorted(parts_of(ours))[3]
+    shutil.copy(other / name, ours / name)
+    result = dpocli(*LINE, "--out", ours)
+    assert result.code == 0, result.err
+    assert f"{name} is damaged: it belongs to another run" in " ".join(result.err.split()) or name in result.err
+    assert content_of(ours) == before
+    assert dpocli(*LINE, "--max-length", 500, "--out", ours).code == 4, "all of them are another run"
