@@ -36,7 +36,7 @@ from dpocli.artifacts.fingerprint import Fingerprint, compare, compare_reference
 from dpocli.artifacts.pair_columns import PairColumns
 from dpocli.artifacts.part_file import OpenPart, blank_seal, open_part, seal
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
-from dpocli.errors import CacheError, DataError, NumericsError
+from dpocli.errors import CacheError, DataError, DpoError, NumericsError
 
 _OF_LENGTH = (SkipReason.TOO_LONG, SkipReason.PROMPT_TOO_LONG, SkipReason.TRUNCATED_AWAY)
 
@@ -88,6 +88,10 @@ class CacheWriter:
         check_destination(self.directory)
         make_directory(self.directory)
         remove_stale_temporaries(self.directory)
+        self.check_parts()
+
+    def check_parts(self) -> None:
+        """What `check` looks at, without touching anything. Raises CacheError as it does."""
         parts = sorted(self.directory.glob(PART_PATTERN))
         strays: dict[str, CacheError] = {}
         num_own = 0
@@ -339,3 +343,11 @@ def _is_finite(reference: ReferenceLogps) -> bool:
 def _log_probs_fit(pair: EncodedPair) -> bool:
     found = pair.reference
     return found is None or (len(found.chosen), len(found.rejected)) == (len(pair.chosen_ids), len(pair.rejected_ids))
+
+
+def recorded_dtype(directory: Path) -> str | None:
+    """In which dtype the parts of a directory were scored; None where there is no part to read it from."""
+    for path in sorted(directory.glob(PART_PATTERN)):
+        with suppress(DpoError, OSError):
+            return open_part(path).footer.fingerprint.dtype
+    return None

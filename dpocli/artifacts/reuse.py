@@ -41,7 +41,10 @@ class Reusable:
         """
         stores = []
         for directory in directories:
-            store = PairStore.open(directory, complete=False)
+            try:
+                store = PairStore.open(directory, complete=False)
+            except CacheError as error:
+                raise CacheError(f"--reuse {directory}: {error}") from error
             differences = compare_references(store.fingerprint, wanted)
             differences += changes("dtype", store.fingerprint.dtype, wanted.dtype)
             if differences:

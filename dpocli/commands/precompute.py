@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, Tile
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.artifacts.cache_writer import CacheWriter, recorded_dtype
 from dpocli.artifacts.destination import check_out
 from dpocli.artifacts.fingerprint import build_fingerprint, compare
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
@@ -52,7 +52,7 @@ class Job:
     @classmethod
     def of(cls, options: PrecomputeOptions, terminal: Terminal, everyone: Processes) -> "Job":
         device = everyone.device
-        dtype = pick_dtype(options.dtype, device)
+        dtype = pick_dtype(options.dtype, device, recorded=recorded_dtype(options.out))
         model = locate_model(options)
         tokenizer = load_tokenizer(model, options)
         job = cls(options, terminal, device, dtype, model, tokenizer, open_rows(options), everyone.team(options.shards))
@@ -184,6 +184,7 @@ def _unless_present(tiles: Iterable[Tile], writer: CacheWriter, skip: Callable[[
 
 def _estimate(job: Job) -> None:
     writer = job.writer()
+    writer.check_parts()
     left = sum(tile.num_rows for tile in job.missing(writer))
     encoder = Encoder(job.tokenizer, job.options)
     with job.terminal.progress(None, "probe") as progress:

@@ -354,3 +354,27 @@ def test_samples_are_spread_over_all_rows(num_rows: int) -> None:
         assert len(covered) == num_rows
     gaps = np.diff(starts)
     assert all(abs(gap - gaps.mean()) < dry_run.NEIGHBOURS for gap in gaps)
+
+
+def test_the_dtype_of_a_cache_is_its_default(tmp_path: Path, dpocli: Run) -> None:
+    """On a device that would prefer another, the same line goes on and verifies all the same."""
+    line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 8, "--rows-per-part", 4, "--out", tmp_path)
+    assert dpocli(*line, "--dtype", "bfloat16").code == 0
+    assert dpocli(*line, "--verify", 4).code == 0
+    result = dpocli(*line)
+    assert result.code == 0, result.err
+    assert "in bfloat16" in result.err
+
+
+def test_a_dry_run_refuses_parts_of_another_size(copy: Path, dpocli: Run) -> None:
+    result = dpocli(
+        "precompute", "--model", MODEL, "--data", TRAIN, "--limit", 40, "--rows-per-part", 8, "--out", copy, "--dry-run"
+    )
+    assert result.code == 4
+    assert "rows_per_part: 16 -> 8" in result.err
+
+
+def test_what_is_no_cache_cannot_be_reused(tmp_path: Path, dpocli: Run) -> None:
+    result = dpocli(*LINE, "--reuse", tmp_path / "nothing", "--out", tmp_path / "ref")
+    assert result.code == 4
+    assert f"--reuse {tmp_path / 'nothing'}: " in " ".join(result.err.split())
