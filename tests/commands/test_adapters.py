@@ -145,7 +145,7 @@ def test_an_adapter_and_its_merged_model_are_the_same_beside_each_other(
     assert comparison["margin_interval"] == pytest.approx([0, 0], abs=1e-4)
 
 
-@pytest.mark.parametrize("variant", ["rslora", "dora"])
+@pytest.mark.parametrize("variant", [pytest.param("rslora", marks=pytest.mark.slow), "dora"])
 def test_its_variants(run: Path, base_cache: Path, tmp_path: Path, variant: str) -> None:
     line = ("--model", MODEL, "--reference", base_cache, "--lora-variant", variant, "--lora-targets", "q_proj,v_proj")
     quiet("train", *line, "--out", tmp_path, *LORA)

@@ -106,11 +106,16 @@ def told(err: str) -> int:
 @pytest.mark.parametrize(
     ("place", "settings"),
     [
-        *((place, ("--loss", loss)) for place in PLACES for loss in ("dpo", "aot")),
-        (
-            PLACES[2],
-            ("--dtype", "bfloat16", "--step0-tolerance", 1),
-        ),  # where copies compute, and not the master weights
+        (PLACES[0], ("--loss", "dpo")),
+        (PLACES[2], ("--loss", "aot")),
+        *(
+            pytest.param(place, ("--loss", loss), marks=pytest.mark.slow)
+            for place in PLACES
+            for loss in ("dpo", "aot")
+            if (place, loss) not in ((PLACES[0], "dpo"), (PLACES[2], "aot"))
+        ),
+        # Where copies compute, and not the master weights.
+        pytest.param(PLACES[2], ("--dtype", "bfloat16", "--step0-tolerance", 1), marks=pytest.mark.slow),
     ],
 )
 def test_the_step_is_made_again_as_if_the_budget_had_been_smaller_from_the_start(

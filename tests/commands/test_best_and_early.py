@@ -140,7 +140,11 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+# Every other one in the long run alone.
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param(point, marks=[pytest.mark.slow] if index % 2 else []) for index, point in enumerate(POINTS)],
+)
 def test_a_kill_decides_nothing(
     point: str,
     undisturbed: Path,

@@ -21,7 +21,7 @@ LINE = ("--batch-size", 8, "--learning-rate", "1e-3", "--eval-fraction", 0.2, "-
 SHARDED = [
     (2, ("--shards", 2)),
     (4, ("--shards", 2, "--gradient-checkpointing", "--token-budget", 300)),
-    (4, ("--shards", 4, "--cpu-offload")),
+    pytest.param(4, ("--shards", 4, "--cpu-offload"), marks=pytest.mark.slow),
     (1, ("--cpu-offload",)),
 ]
 
