@@ -1,5 +1,6 @@
 """LoRA adapters through peft: put on a base model, told apart from what is not one, written and merged."""
 
+import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,7 @@ def quietly() -> Iterator[None]:
 
 def import_peft(asked: str) -> Any:
     """The peft library, or a UsageError that says how to get it."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it tells which kernels it has not
     try:
         import peft
     except ImportError:
