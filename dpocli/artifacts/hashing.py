@@ -146,21 +146,26 @@ def code_hashes(model_dir: Path) -> dict[str, str]:
         return {path.name: sha256_of_file(path) for path in sorted(model_dir.glob("*.py"))}
 
 
+def json_object(path: Path, mend: str) -> dict[str, Any]:
+    """A file that has to hold a JSON object; else UsageError, which ends with what mends it."""
+    with file_errors_in_words(f"Reading {path}"):
+        content = path.read_bytes()
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}). {mend}") from None
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} holds no JSON object. {mend}")
+    return value
+
+
 def meaningful_config(model_dir: Path) -> dict[str, Any]:
     """`config.json` less the fields that say where the model came from and how it was saved, at every depth.
 
     Raises:
         UsageError: there is no such file, or it is no JSON object.
     """
-    path = model_dir / "config.json"
-    with file_errors_in_words(f"Reading {path}"):
-        content = path.read_bytes()
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}). Fetch or save the model again.") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} holds no JSON object. Fetch or save the model again.")
+    config = json_object(model_dir / "config.json", "Fetch or save the model again.")
     return {name: _without(value) for name, value in config.items() if name not in _CONFIG_WITHOUT_MEANING}
 
 

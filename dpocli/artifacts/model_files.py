@@ -1,21 +1,19 @@
 """What a model is made of: a base, an adapter on top of it, and how its weights are quantized, all told by content."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpocli.artifacts.files import file_errors_in_words
 from dpocli.artifacts.hashing import (
     HashMemory,
     code_hashes,
     digest_json,
     file_hash,
+    json_object,
     meaningful_config,
     weights_hashes,
 )
-from dpocli.errors import UsageError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -98,16 +96,7 @@ def adapter_config(directory: Path) -> dict[str, Any]:
     Raises:
         UsageError: there is none, or it is no JSON object.
     """
-    path = directory / ADAPTER_CONFIG
-    with file_errors_in_words(f"Reading {path}"):
-        content = path.read_bytes()
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}). Copy or save the adapter again.") from None
-    if not isinstance(config, dict):
-        raise UsageError(f"{path} holds no JSON object. Copy or save the adapter again.")
-    return config
+    return json_object(directory / ADAPTER_CONFIG, "Copy or save the adapter again.")
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
