@@ -22,6 +22,10 @@ def locate_model(options: ModelOptions) -> ModelFiles:
     Raises:
         UsageError: it is no model directory, or cannot be found, or its weights are not safetensors.
     """
+    if options.revision and Path(options.model).expanduser().exists():
+        raise UsageError(
+            f"--model {options.model}: it is a directory here, and --revision {options.revision} is of the hub. Leave --revision out."
+        )
     directory = _directory(options.model, options.revision, f"--model {options.model}")
     adapter = options.adapter
     if adapter:
@@ -34,10 +38,6 @@ def locate_model(options: ModelOptions) -> ModelFiles:
 
 def _directory(name: str, revision: str | None, asked: str) -> Path:
     given = Path(name).expanduser()
-    if revision and given.exists() and asked.startswith("--model") and "adapter" not in asked:
-        raise UsageError(
-            f"{asked}: it is a directory here, and --revision {revision} is of the hub. Leave --revision out."
-        )
     directory = given if given.exists() else _snapshot(name, revision, asked)
     if not directory.is_dir():
         raise UsageError(f"{asked}: this is a file; give the directory that holds config.json.")

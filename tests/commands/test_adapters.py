@@ -244,6 +244,12 @@ def test_an_adapter_beside_weights_of_a_model(dpocli: Run, run: Path, adapted_ca
     assert dpocli(*line, "--adapter", adapter, "--json").json["complete"]
 
 
+def test_a_revision_of_a_directory_is_nothing(dpocli: Run, tmp_path: Path) -> None:
+    refused = dpocli("precompute", "--model", MODEL, "--revision", "v2", "--data", TRAIN, "--out", tmp_path / "ref")
+    assert refused.code == 2
+    assert "Leave --revision out" in " ".join(refused.err.split())
+
+
 def test_a_base_that_is_gone_can_be_named(dpocli: Run, run: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(run / "model", tmp_path / "adapter")
     rewrite_config(adapter, base_model_name_or_path=str(tmp_path / "gone"))
