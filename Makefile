@@ -12,7 +12,7 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow" -n 2 --cov --cov-report=term
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term
 
 test-all: install
 	$(BIN)/pytest -n 2

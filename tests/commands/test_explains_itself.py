@@ -11,7 +11,7 @@ from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands import train
 from dpocli.config.models import TrainOptions
 from dpocli.engine import narration
-from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of
+from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, pictures
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "6", "--save-every", "2")
 STILL = ("--learning-rate", "1e-12", "--batch-size", 2, "--max-steps", 24, "--save-every", 6)
@@ -136,7 +136,8 @@ def test_curves_are_there_before_the_end(
     out = tmp_path / "run"
     monkeypatch.setattr(narration, "SECONDS_BETWEEN_DRAWINGS", 0.0)
     stopping_after(monkeypatch, 2)
-    assert dpocli("train", "--model", MODEL, "--reference", cache, "--out", out, *SETTINGS).code == 75
+    with pictures():
+        assert dpocli("train", "--model", MODEL, "--reference", cache, "--out", out, *SETTINGS).code == 75
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
