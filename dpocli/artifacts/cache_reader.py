@@ -172,9 +172,6 @@ class PairStore:
         group, offset = divmod(index - int(self._part_starts[part]), ROWS_PER_GROUP)
         return self._group(part, group).pair(offset)
 
-    def _num_groups(self, part: int) -> int:
-        return -(-int(self._part_starts[part + 1] - self._part_starts[part]) // ROWS_PER_GROUP)
-
     def _group(self, part: int, group: int) -> RowGroup:
         with self._lock:
             key = (part, group)

@@ -169,11 +169,6 @@ def meaningful_config(model_dir: Path) -> dict[str, Any]:
     return {name: _without(value) for name, value in config.items() if name not in _CONFIG_WITHOUT_MEANING}
 
 
-def config_digest(model_dir: Path) -> str:
-    """sha256 of what `meaningful_config` gives."""
-    return digest_json(meaningful_config(model_dir))
-
-
 def weights_files(model_dir: Path) -> list[str]:
     """Names, sorted; the choice between a single file and an index as transformers makes it."""
     if (model_dir / "model.safetensors").exists():

@@ -47,9 +47,19 @@ class ModelFiles:
     quantization: str | None = None
     runs_code: bool = False
     """Whether Python files beside the model are run."""
+    checkpoint: Path | None = None
+    """Of a training of this model or of an adapter on it: its weights take the place of those that are trained."""
+
+    @property
+    def adapter_settings(self) -> Path | None:
+        """Where `adapter_config.json` of the adapter that belongs to the model lies; None where there is none."""
+        if self.checkpoint:
+            return self.checkpoint if (self.checkpoint / ADAPTER_CONFIG).is_file() else None
+        return self.adapter
 
     def identity(self, hash_memory: HashMemory | None = None) -> "ModelIdentity":
-        """Raises UsageError where weights or configurations are missing or cannot be read."""
+        """Of a saved model. Raises UsageError where weights or configurations are missing or cannot be read."""
+        assert self.checkpoint is None
         memory = hash_memory or HashMemory()
         adapter = None
         if self.adapter:

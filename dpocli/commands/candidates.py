@@ -53,8 +53,8 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
     Raises:
         UsageError: one is no model, or a loss cannot be had.
     """
-    located = [(each, locate_model(each)) for each in map(options.of_model, options.model)]
-    provenances = [Provenance.of(files.adapter or files.directory) for _, files in located]
+    located = [(each, locate_model(each, checkpoints=True)) for each in map(options.of_model, options.model)]
+    provenances = [Provenance.of(files.checkpoint or files.adapter or files.directory) for _, files in located]
     judged_by = next((provenance.loss for provenance in provenances if provenance.loss), None)
     found = [
         Candidate(

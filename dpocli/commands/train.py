@@ -109,6 +109,7 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
             loss,
             options,
             processes,
+            _provenance(options, loss, files, store),
             terminal.say,
         )
         stack.callback(trainer.close)
@@ -250,14 +251,7 @@ def _finish(
         "scoring": trainer.throughput.summary(),
     } | facts(trainer, rows, steps, model_step)
     if policy.processes.is_first:
-        provenance = Provenance(
-            loss=loss,
-            loss_states=trainer.loss_states,
-            trained_from=options.model,
-            quantization=files.quantization,
-            reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
-            step=model_step,
-        )
+        provenance = trainer.provenance(model_step)
         dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
         directory = options.out / "model"
         if policy.adapter:
@@ -280,6 +274,15 @@ def _finish(
         out.write_summary(summary)
     policy.processes.wait()
     return summary
+
+
+def _provenance(options: TrainOptions, loss: LossChoice, files: ModelFiles, store: PairStore) -> Provenance:
+    return Provenance(
+        loss=loss,
+        trained_from=options.model,
+        quantization=files.quantization,
+        reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
+    )
 
 
 def _identity(files: ModelFiles, options: TrainOptions) -> ModelIdentity:

@@ -58,6 +58,20 @@ def put_on(model: PreTrainedModel, directory: Path, *, trainable: bool = False) 
     return wrapped
 
 
+def blank(model: PreTrainedModel, settings: Path) -> None:
+    """An adapter on top of `model`, whose layers it changes in place; its weights are still to be read.
+
+    Args:
+        model: the base.
+        settings: directory of `adapter_config.json`.
+    """
+    peft = import_peft(f"--model {settings}")
+    with quietly():
+        config = peft.LoraConfig.from_pretrained(settings)
+        config.inference_mode = True
+        peft.PeftModel(model, config, autocast_adapter_dtype=False)
+
+
 def new(model: PreTrainedModel, options: TrainOptions) -> "PeftModel":
     """A new adapter on top of `model`, which changes no value yet: the second of its two matrices is zero.
 

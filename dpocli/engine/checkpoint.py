@@ -7,13 +7,14 @@ together for any other number of processes. Nothing that is read back can run co
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -22,11 +23,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
 from dpocli.engine.best import best_step
 from dpocli.engine.mesh import Processes
-from dpocli.engine.policy import Policy
+from dpocli.engine.saved_model import Provenance
 from dpocli.errors import ResourceError, UsageError
 
+if TYPE_CHECKING:
+    from dpocli.engine.policy import Policy
+
 FORMAT_VERSION = 2
+STATE_NAME = "state.json"
 _NAME = re.compile(r"step-(\d+)")
+_MODEL = "model/"
+"""With this begin the names of weights; those of moments with `optimizer/`."""
 
 
 def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
@@ -43,9 +50,10 @@ def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None
 def save(
     directory: Path,
     step: int,
-    policy: Policy,
+    policy: "Policy",
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    provenance: Provenance,
     keep_last: int,
     processes: Processes,
 ) -> None:
@@ -57,6 +65,7 @@ def save(
         policy: its float32 master weights are saved.
         optimizer: its moments are saved.
         state: anything else that JSON can hold.
+        provenance: of the weights.
         keep_last: how many checkpoints stay.
         processes: each writes its pieces.
 
@@ -82,8 +91,12 @@ def save(
     processes.wait()
     if processes.is_first:
         facts = {"format": FORMAT_VERSION, "step": step} | state
-        (temporary / "state.json").write_text(json.dumps(facts, indent=2))
-        sync_file(temporary / "state.json")
+        (temporary / STATE_NAME).write_text(json.dumps(facts, indent=2))
+        provenance.write(temporary)
+        if policy.adapter:
+            policy.adapter.peft_config["default"].save_pretrained(str(temporary))
+        for path in temporary.glob("*.json"):
+            sync_file(path)
         sync_directory(temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -92,14 +105,14 @@ def save(
     processes.wait()
 
 
-def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load(path: Path, policy: "Policy", optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Puts weights and moments back, each process taking its part, and returns the rest of the state.
 
     Raises:
         UsageError: a file of it is damaged.
     """
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_text())
+        state: dict[str, Any] = json.loads((path / STATE_NAME).read_text())
         if state["format"] != FORMAT_VERSION:
             raise ValueError(f"it has format {state['format']}, and this dpocli reads format {FORMAT_VERSION}")
         reader = HuggingFaceStorageReader(str(path))
@@ -118,6 +131,30 @@ def load(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[s
     return state
 
 
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Puts the weights of a checkpoint, and nothing else of it, into a model that may be spread over processes.
+
+    Args:
+        path: of the checkpoint.
+        model: as it was before its training, in any dtype; with an adapter on it where one was trained.
+
+    Raises:
+        UsageError: a file of the checkpoint is damaged, or it is that of another model.
+    """
+    try:
+        reader = HuggingFaceStorageReader(str(path))
+        parameters = {f"{_MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        stored = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(_MODEL)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a process reads for itself is what is wanted
+            state_dict_loader.load({name: parameters[name] for name in stored}, storage_reader=reader, no_dist=True)
+    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(
+            f"The checkpoint {path} cannot be read ({_first_line(error)}): a file of it is damaged, or the model that it was "
+            "trained from has changed."
+        ) from error
+
+
 def remove_unfinished(directory: Path) -> None:
     """Clears what a killed writer left behind."""
     for path in _entries(directory):
@@ -125,11 +162,11 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _weights(policy: Policy) -> dict[str, Tensor]:
-    return {f"model/{name}": parameter.detach() for name, parameter in policy.masters}
+def _weights(policy: "Policy") -> dict[str, Tensor]:
+    return {f"{_MODEL}{name}": parameter.detach() for name, parameter in policy.masters}
 
 
-def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _moments(policy: "Policy", optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"optimizer/{name}/{key}": value
         for name, parameter in policy.masters
@@ -137,7 +174,7 @@ def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     }
 
 
-def _room_for_moments(policy: Policy, reader: HuggingFaceStorageReader) -> dict[str, dict[str, Tensor]]:
+def _room_for_moments(policy: "Policy", reader: HuggingFaceStorageReader) -> dict[str, dict[str, Tensor]]:
     """What a checkpoint holds of the optimizer, by parameter, as empty tensors: spread like the parameter, or whole."""
     parameters = dict(policy.masters)
     room: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpocli.artifacts.hashing import meaningful_config
+from dpocli.artifacts.hashing import json_object, meaningful_config
 from dpocli.artifacts.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
 from dpocli.config.shared_options import ModelOptions
+from dpocli.engine.checkpoint import STATE_NAME
 from dpocli.errors import UsageError, in_words
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -14,10 +15,14 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.j
 """One of them stands beside every model. Without any, transformers makes an empty tokenizer for some architectures."""
 
 
-def locate_model(options: ModelOptions) -> ModelFiles:
+def locate_model(options: ModelOptions, *, checkpoints: bool = False) -> ModelFiles:
     """What `--model` and `--adapter` name: a directory as given, or the hub's snapshot (from the local cache when offline).
 
     An adapter's directory given as `--model` stands for its base with the adapter on top.
+
+    Args:
+        options: what was given.
+        checkpoints: whether a checkpoint of a training may stand for the model as it was then.
 
     Raises:
         UsageError: it is no model directory, or cannot be found, or its weights are not safetensors.
@@ -27,13 +32,21 @@ def locate_model(options: ModelOptions) -> ModelFiles:
             f"--model {options.model}: it is a directory here, and --revision {options.revision} is of the hub. Leave --revision out."
         )
     directory = _directory(options.model, options.revision, f"--model {options.model}")
-    adapter = options.adapter
-    if adapter:
+    adapter, checkpoint = options.adapter, None
+    if (directory / STATE_NAME).is_file():
+        if not checkpoints:
+            raise UsageError(
+                f"--model {options.model}: this is a checkpoint of a training, which evaluate takes. Give the directory of a "
+                "saved model, such as that run's OUT/model."
+            )
+        checkpoint = directory
+        directory, adapter = _trained_from(checkpoint, options)
+    elif adapter:
         _check_adapter(adapter, f"--adapter {adapter}")
     elif (directory / ADAPTER_CONFIG).is_file():
         adapter, directory = directory, _base_of(directory)
     _check_model(directory, f"--model {options.model}")
-    return ModelFiles(directory, adapter, options.quantization, options.trust_remote_code)
+    return ModelFiles(directory, adapter, options.quantization, options.trust_remote_code, checkpoint)
 
 
 def _directory(name: str, revision: str | None, asked: str) -> Path:
@@ -42,6 +55,22 @@ def _directory(name: str, revision: str | None, asked: str) -> Path:
     if not directory.is_dir():
         raise UsageError(f"{asked}: this is a file; give the directory that holds config.json.")
     return directory
+
+
+def _trained_from(checkpoint: Path, options: ModelOptions) -> tuple[Path, Path | None]:
+    """The model that a checkpoint's weights belong into, and the adapter that its training began with."""
+    asked = f"--model {checkpoint}: this is a checkpoint of a training"
+    if options.adapter:
+        raise UsageError(f"{asked}, so --adapter {options.adapter} has no place on it.")
+    state = json_object(checkpoint / STATE_NAME, "Give another checkpoint.")
+    if not (base := state.get("base")):
+        raise UsageError(
+            f"{asked} that does not say of which model; an earlier dpocli wrote it. Give OUT/model of its run."
+        )
+    if not Path(str(base)).is_dir():
+        raise UsageError(f"{asked} of {base}, which is not there. Put that model back in its place.")
+    adapter = state.get("base_adapter")
+    return Path(str(base)), Path(str(adapter)) if adapter else None
 
 
 def _base_of(adapter: Path) -> Path:

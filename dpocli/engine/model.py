@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -24,8 +24,6 @@ from dpocli.objective.scoring import PairScorer
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
 
-DtypeName = Literal["float32", "bfloat16", "float16"]
-
 
 def pick_dtype(given: str | None, device: torch.device, *, recorded: str | None = None) -> torch.dtype:
     """The one dtype of the forward pass: as given, else the cache's, else what the device is good at."""
@@ -40,14 +38,17 @@ def pick_dtype(given: str | None, device: torch.device, *, recorded: str | None 
 def load_model(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model in evaluation mode, on `device`, its parameters in `dtype` and its buffers left alone.
 
-    An adapter stays beside the base, so that the arithmetic is the same here as while it is trained.
+    An adapter stays beside the base, so that the arithmetic is the same here as while it is trained. The weights of a
+    checkpoint are read where the model has its place, by `frozen_scorer`.
 
     Raises:
         UsageError: the weights do not fit the configuration, the architecture is unknown, or an adapter or a quantization
             cannot be had.
     """
     model = load_base(files, options, dtype, device)
-    if files.adapter:
+    if files.checkpoint and (settings := files.adapter_settings):
+        adapter.blank(model, settings)
+    elif files.adapter:
         adapter.put_on(model, files.adapter)
     return model.eval()
 

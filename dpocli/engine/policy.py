@@ -72,6 +72,8 @@ class Policy:
         files: ModelFiles | None = None,
         adapter: "PeftModel | None" = None,
     ) -> None:
+        self.files = files
+        """Where it was read from."""
         self.adapter = adapter
         """Where one is trained instead of the model."""
         self.source_config = copy.deepcopy(scorer.model.config)

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dpocli.artifacts.hashing import weights_files
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.shared_options import ModelOptions
+from dpocli.engine import checkpoint
 from dpocli.engine.mesh import Processes
 from dpocli.engine.model import compute_exactly, load_model
 from dpocli.errors import UsageError
@@ -89,6 +90,8 @@ def frozen_scorer(
         shard(scorer, team.team_mesh, dtype=dtype)
         if scorer.is_blank:
             fill(scorer, files, team.device)
+    if files.checkpoint:
+        checkpoint.load_weights(files.checkpoint, scorer.model)
     return scorer
 
 
@@ -102,7 +105,7 @@ def load_spread(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, de
         UsageError: the model cannot be loaded.
     """
     check_spreadable(files)
-    blank = None if files.adapter else blank_model(files, dtype)
+    blank = None if files.adapter_settings else blank_model(files, dtype)
     if blank is None:
         return load_model(files, options, dtype, torch.device("cpu"))
     compute_exactly(blank, device)

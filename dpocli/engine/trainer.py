@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
@@ -22,6 +23,7 @@ from dpocli.engine.gradients import Gradients, Pass, Step
 from dpocli.engine.mesh import Processes
 from dpocli.engine.passes import FILLER, PairView, my_passes, score
 from dpocli.engine.policy import Policy
+from dpocli.engine.saved_model import Provenance
 from dpocli.engine.schedule import Schedule
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import NumericsError, UsageError, in_words
@@ -56,6 +58,7 @@ class Trainer:
         loss: LossChoice,
         options: TrainOptions,
         processes: Processes,
+        provenance: Provenance,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.policy = policy
@@ -68,6 +71,7 @@ class Trainer:
         """What losses with a memory remember of the steps so far."""
         self.options = options
         self.processes = processes
+        self._provenance = provenance
         wanted = Wanted.by(loss.needs, has_reference=view.store.has_reference)
         self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
         self.throughput = Throughput(policy.scorer, backward=True)
@@ -138,7 +142,20 @@ class Trainer:
             "token_budget": self._back_off.state(),
             "account": self.account.to_json(),
         }
-        checkpoint.save(checkpoints, step, self.policy, self.optimizer, state, self.options.keep_last, self.processes)
+        checkpoint.save(
+            checkpoints,
+            step,
+            self.policy,
+            self.optimizer,
+            state | _places(self.policy.files),
+            self.provenance(step),
+            self.options.keep_last,
+            self.processes,
+        )
+
+    def provenance(self, step: int) -> Provenance:
+        """Of the weights as they are now."""
+        return self._provenance.model_copy(update={"step": step, "loss_states": self.loss_states})
 
     def restore(self, checkpoints: Path) -> int:
         """Goes back to the newest checkpoint, and returns its step; 0 where there is none.
@@ -233,15 +250,6 @@ class Trainer:
         self.optimizer.zero_grad()
         return {"grad_norm": grad_norm, "learning_rate": rate}
 
-    def _not_finite(self, step: int, positions: NDArray[np.int64], pair_losses: Tensor) -> NumericsError:
-        bad = np.sort(positions[~np.isfinite(pair_losses.detach().cpu().numpy())])
-        rows = sorted(pair.row for pair in self.view.load(bad[:10]))
-        return NumericsError(
-            f"Step {step}: the loss is not finite, in the pairs of source rows {', '.join(map(str, rows)) or '?'}. "
-            f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
-            "--dtype float32."
-        )
-
     def _rows_of(self, view: PairView, positions: NDArray[np.int64], pair_losses: Tensor | None = None) -> str:
         """The pairs whose loss is not finite, or all of them where no losses are given, by their source rows."""
         if pair_losses is not None:
@@ -251,12 +259,10 @@ class Trainer:
         return f"the pairs of source rows {', '.join(map(str, rows[:ROWS_NAMED])) or '?'}{more}"
 
 
-def adamw(policy: Policy, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over every parameter that is trained, in float32."""
-    return torch.optim.AdamW(
-        [parameter for _, parameter in policy.masters],
-        lr=options.learning_rate or 0.0,  # set at every step
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.weight_decay,
-    )
+def _places(files: ModelFiles | None) -> dict[str, str | None]:
+    """Where the model that is trained came from, so that a checkpoint can be looked at by itself."""
+    assert files
+    return {
+        "base": str(files.directory.resolve()),
+        "base_adapter": str(files.adapter.resolve()) if files.adapter else None,
+    }

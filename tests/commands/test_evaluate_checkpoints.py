@@ -1,0 +1,151 @@
+"""`evaluate` on the checkpoints of a run: the same figures as of the models that they would have become."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from tests.commands.broken_inputs import replace_json
+from tests.commands.conftest import MODEL, Run, quiet
+from tests.commands.ranks import on_processes
+
+SETTINGS = ("--learning-rate", "1e-3", "--batch-size", 20, "--save-every", 1, "--keep-last", 9)
+KINDS: Mapping[str, tuple[object, ...]] = {
+    "full": (),
+    "lora": ("--lora-rank", 2),
+    "dora": ("--lora-rank", 2, "--lora-variant", "dora"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three steps of each kind, with a checkpoint after each."""
+    found = {kind: tmp_path_factory.mktemp("runs") / kind for kind in KINDS}
+    for kind, out in found.items():
+        line = ("train", "--model", MODEL, "--reference", cache, "--out", out, "--max-steps", 3)
+        quiet(*line, *SETTINGS, *KINDS[kind])
+    return found
+
+
+def margins(out: Path) -> dict[str, Any]:
+    columns = pq.read_table(out / "pairs.parquet").to_pydict()
+    return {name: np.array(values) for name, values in columns.items() if name.endswith("margins")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_checkpoint_is_the_model(
+    runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, kind: str
+) -> None:
+    run = runs[kind]
+    line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--model", run / "model")
+    result = dpocli(*line, "--model", run / "checkpoints" / "step-3", "--json")
+    assert result.code == 0, result.err
+    found = margins(tmp_path / "r")
+    assert np.abs(found["margins"]).max() > 1e-3
+    np.testing.assert_array_equal(found["margins"], found["model-2/margins"])
+    first, second = result.json["models"]
+    assert (first["step"], second["step"], first["loss_choice"]) == (3, 3, second["loss_choice"])
+    assert first["loss"] == second["loss"]
+
+
+def test_the_checkpoints_of_a_run_are_a_curve(
+    runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    places = [runs["full"] / "checkpoints" / f"step-{step}" for step in (3, 1, 2)]
+    line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--json")
+    result = dpocli(*line, *(part for place in places for part in ("--model", place)))
+    assert result.code == 0, result.err
+    assert [model["step"] for model in result.json["models"]] == [1, 2, 3]
+    assert result.json["model"] == str(places[1])
+    means = [model["rewards/margins"] for model in result.json["models"]]
+    assert 0 < means[0] < means[1] < means[2]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_over_shards(runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, kind: str) -> None:
+    place = runs[kind] / "checkpoints" / "step-2"
+    line = ("evaluate", "--reference", held_out_cache, "--model", place, "--out")
+    assert dpocli(*line, tmp_path / "one").code == 0
+    for more in ((), ("--shards", 2)):
+        out = tmp_path / f"two{len(more)}"
+        on_processes(2, *line, out, *more)
+        np.testing.assert_allclose(margins(out)["margins"], margins(tmp_path / "one")["margins"], atol=1e-4)
+
+
+def test_training_on_from_an_adapter(
+    runs: Mapping[str, Path], cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    further = tmp_path / "further"
+    line = ("train", "--model", runs["lora"] / "model", "--reference", cache, "--out", further, "--max-steps", 1)
+    quiet(*line, *SETTINGS)
+    line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--model", further / "model")
+    result = dpocli(*line, "--model", further / "checkpoints" / "step-1")
+    assert result.code == 0, result.err
+    np.testing.assert_array_equal(*margins(tmp_path / "r").values())
+
+
+def test_only_evaluate_takes_them(runs: Mapping[str, Path], cache: Path, tmp_path: Path, dpocli: Run) -> None:
+    place = runs["full"] / "checkpoints" / "step-1"
+    for command in (("train", "--reference", cache), ("precompute", "--data", cache / "nothing.jsonl")):
+        result = dpocli(*command, "--model", place, "--out", tmp_path / "out")
+        assert result.code == 2, result.err
+        assert f"--model {place}: this is a checkpoint of a training, which evaluate takes" in result.err
+        assert "OUT/model" in result.err
+
+
+def remove_base(checkpoint: Path) -> None:
+    replace_json(checkpoint / "state.json", lambda state: state.update(base=str(checkpoint / "gone")))
+
+
+def forget_base(checkpoint: Path) -> None:
+    replace_json(checkpoint / "state.json", lambda state: state.update(base=None))
+
+
+def truncate_weights(checkpoint: Path) -> None:
+    (weights,) = checkpoint.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+
+
+def break_state(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (remove_base, "gone, which is not there. Put that model back"),
+        (forget_base, "does not say of which model"),
+        (truncate_weights, "cannot be read"),
+        (break_state, "is not JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_told(
+    runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, change: Any, words: str
+) -> None:
+    place = tmp_path / "step-1"
+    shutil.copytree(runs["full"] / "checkpoints" / "step-1", place)
+    change(place)
+    result = dpocli("evaluate", "--model", place, "--reference", held_out_cache, "--out", tmp_path / "r")
+    assert result.code == 2, result.err
+    assert words in result.err
+    assert str(place) in result.err
+
+
+def test_an_adapter_has_no_place_on_one(
+    runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    place, adapter = runs["full"] / "checkpoints" / "step-1", runs["lora"] / "model"
+    line = ("evaluate", "--model", place, "--adapter", adapter, "--reference", held_out_cache, "--out", tmp_path / "r")
+    result = dpocli(*line)
+    assert result.code == 2, result.err
+    assert f"--adapter {adapter} has no place on it" in result.err
+
+
+def test_its_state_names_the_model_for_good(runs: Mapping[str, Path]) -> None:
+    state = json.loads((runs["full"] / "checkpoints" / "step-1" / "state.json").read_text())
+    assert Path(state["base"]).is_absolute()
