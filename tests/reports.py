@@ -30,13 +30,13 @@ def made_up_table(pairs: int = 640, seed: int = 0) -> PairTable:
 def made_up_report(table: PairTable | None = None, **more: Any) -> dict[str, Any]:
     """What evaluate says of such pairs, of three checkpoints of a run."""
     table = table or made_up_table()
-    models = [_figures(table, f"run/checkpoints/step-{step}", step) for step in (100, 200, 300)]
-    for place, model in enumerate(models):
-        model["rewards/accuracies"] += 0.02 * place
-        model["rewards/accuracies_interval"] = [bound + 0.02 * place for bound in model["rewards/accuracies_interval"]]
+    models = [_figures(table, f"run/checkpoints/step-{step}", step) for step in (300, 100, 200)]
+    for less, model in zip((0, 0.04, 0.02), models, strict=True):
+        model["rewards/accuracies"] -= less
+        model["rewards/accuracies_interval"] = [bound - less for bound in model["rewards/accuracies_interval"]]
     return {
         "format": 2,
-        **{name: value for name, value in models[0].items() if name not in ("name", "step")},
+        **{name: value for name, value in models[0].items() if name not in ("name", "step", "run")},
         "model": "run/model",
         "reference": "ref-heldout",
         "dtype": "bfloat16",
@@ -59,8 +59,8 @@ def made_up_report(table: PairTable | None = None, **more: Any) -> dict[str, Any
         },
         "models": models,
         "comparisons": [
+            _comparison("run/checkpoints/step-100", 0.04, 0.05),
             _comparison("run/checkpoints/step-200", 0.02, 0.001),
-            _comparison("run/checkpoints/step-300", 0.04, 0.05),
         ],
     } | more
 
@@ -74,11 +74,15 @@ def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
     return {
         "name": name,
         "step": step,
+        "run": "a run",
+        "loss_choice": LossChoice.of("dpo").model_dump(),
         "pairs": len(margins),
         "prompts": len(margins) // 2,
         "loss": float(table.column("losses").mean()),
         "rewards/accuracies": accuracy,
         "rewards/accuracies_interval": [accuracy - 0.04, accuracy + 0.04],
+        "rewards/accuracies_ties_half": accuracy,
+        "rewards/accuracies_ties_half_interval": [accuracy - 0.04, accuracy + 0.04],
         "rewards/ties": 0.0,
         "rewards/within_noise": 0.06,
         "rewards/margins": float(margins.mean()),
@@ -92,6 +96,7 @@ def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
             "reference": {"value": 0.49, "interval": [0.45, 0.53]},
             "pick_the_longer": {"value": 0.57, "interval": [0.53, 0.61]},
         },
+        "over_length": {"rule": "longer", "rule_accuracy": 0.57, "value": 0.07, "interval": [0.01, 0.13]},
         "calibration": {
             "brier": 0.21,
             "bins": [
@@ -100,6 +105,7 @@ def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
                     "high": float(edges[place + 1]),
                     "mean_probability": float(probabilities[places == place].mean()),
                     "accuracy": float((margins[places == place] > 0).mean()),
+                    "accuracy_interval": [0.4, 0.9],
                     "pairs": int((places == place).sum()),
                 }
                 for place in range(10)
@@ -125,10 +131,10 @@ def _slice(name: str, pairs: int, accuracy: float) -> dict[str, Any]:
     }
 
 
-def _comparison(model: str, difference: float, half: float) -> dict[str, Any]:
+def _comparison(against: str, difference: float, half: float) -> dict[str, Any]:
     return {
-        "model": model,
-        "against": "run/checkpoints/step-100",
+        "model": "run/checkpoints/step-300",
+        "against": against,
         "pairs": 640,
         "accuracy_difference": difference,
         "accuracy_interval": [difference - half, difference + half],

@@ -2,10 +2,13 @@
 
 Pairs of one prompt resemble each other, so where prompts repeat it is they that are drawn anew and not pairs (the cluster
 bootstrap: Cameron, Gelbach and Miller 2008, "Bootstrap-based improvements for inference with clustered errors"). Intervals
-are percentiles (Efron 1979).
+are percentiles (Efron 1979), which are too narrow for few prompts; so they are widened about the mean as much as Student's t
+is wider than the normal distribution, and a resample of n is narrower than its n allow (Hesterberg 2015, "What teachers
+should know about the bootstrap", section 3.2, there by other percentiles).
 """
 
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ FEW_KINDS = 16
 """Clusters per distinct cluster, from which on it is cheaper to draw how often each kind comes than to draw clusters."""
 
 Interval = tuple[float, float]
+SHARE, DIFFERENCE_OF_SHARES = (0.0, 1.0), (-1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +56,39 @@ class Clusters:
 
 
 def mean_interval(
-    values: NDArray[Any], clusters: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
+    values: NDArray[Any],
+    clusters: Clusters,
+    within: Interval | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
+) -> Interval | None:
     """The interval that holds the mean of all pairs like these with 95% probability.
+
+    Where all prompts are alike every resample is like the sample, and the bootstrap would be sure of what a handful of pairs
+    say. Values with bounds then have the exact binomial bound over prompts (Clopper and Pearson 1934): so large may the
+    share of prompts be that lie at the end of the range instead, and were not drawn. Of a single prompt values without
+    bounds say nothing.
 
     Args:
         values: of each pair, shape (pairs,), finite.
         clusters: of the pairs.
+        within: what values there can be, as for `share_interval`.
         resamples: how often all clusters are drawn anew, with replacement.
         seed: of the draws; with equal values, prompts and seed the interval is the same.
+
+    Returns:
+        Its ends, or None where nothing can be said.
     """
     sums = np.bincount(clusters.codes, weights=values, minlength=clusters.count).astype(np.float64, copy=False)
     sizes = np.bincount(clusters.codes, minlength=clusters.count).astype(np.float64)
+    mean = float(sums.sum() / sizes.sum())
+    each = sums / sizes
+    if each.min() == each.max() and within:
+        unseen = 1 - ((1 - LEVEL) / 2) ** (1 / clusters.count)
+        return mean - unseen * (mean - within[0]), mean + unseen * (within[1] - mean)
+    if clusters.count == 1:
+        return None
     generator = np.random.default_rng(seed)
     # What counts of a cluster is its sum and its size. With rights and wrongs there are few distinct ones.
     kinds, counts = np.unique(sums + 1j * sizes, return_counts=True)
@@ -72,24 +97,41 @@ def mean_interval(
         means = (draws @ kinds.real) / (draws @ kinds.imag)
     else:
         means = _means_of_drawn(sums, sizes if clusters.repeat else None, generator, resamples)
-    low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    ends = mean + _widening(clusters.count) * (np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)) - mean)
+    low, high = np.clip(ends, *within) if within else ends
     return float(low), float(high)
 
 
 def share_interval(
     right: NDArray[Any], clusters: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED
 ) -> Interval:
-    """The same for a share of pairs, `right` being between 0 and 1.
+    """The same for a share of pairs, `right` being between 0 and 1."""
+    found = mean_interval(right, clusters, SHARE, resamples=resamples, seed=seed)
+    assert found
+    return found
 
-    Where all pairs are right, or all wrong, every resample is like the sample, and the bootstrap would be sure of what a
-    handful of pairs say. There the bound is the exact binomial one over prompts (Clopper and Pearson 1934).
-    """
-    reach = ((1 - LEVEL) / 2) ** (1 / clusters.count)
-    if (right == 1).all():
-        return float(reach), 1.0
-    if (right == 0).all():
-        return 0.0, float(1 - reach)
-    return mean_interval(right, clusters, resamples=resamples, seed=seed)
+
+def _widening(count: int) -> float:
+    """How much wider an interval of so many clusters is than its percentiles: t / z * sqrt(n / (n - 1))."""
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return _student_t(count - 1) / z * float(np.sqrt(count / (count - 1)))
+
+
+def _student_t(freedom: int) -> float:
+    """Its quantile at the upper end of the interval, to 1%: in closed form for 1 and 2 degrees of freedom, else by the
+    expansion of Cornish and Fisher (Abramowitz and Stegun 1964, 26.7.5)."""
+    p = (1 + LEVEL) / 2
+    if freedom == 1:
+        return float(np.tan(np.pi * (p - 0.5)))
+    if freedom == 2:
+        return float((2 * p - 1) / np.sqrt(2 * p * (1 - p)))
+    z = NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return float(z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
 
 
 def _means_of_drawn(

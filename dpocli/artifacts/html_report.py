@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from dpocli.artifacts.files import make_directory, write_atomically
 from dpocli.artifacts.inline_svg import glyphs_may_miss, inline_svg
-from dpocli.artifacts.page_tables import figure_lines, loss_lines, made_lines, model_lines, slice_tables
+from dpocli.artifacts.page_tables import figure_lines, gate_lines, loss_lines, made_lines, model_lines, slice_tables
 from dpocli.artifacts.page_words import between, headline, number, percent
 from dpocli.artifacts.pair_table import PairTable
 from dpocli.artifacts.report_plots import NAMES, Plot, report_plots
@@ -58,6 +58,8 @@ def html_report(report: Report, plots: list[Plot], shown: Showcase, settings: Ma
         .render(
             report=report,
             headline=headline(report),
+            gates=gate_lines(report),
+            warnings=report.get("warnings") or [],
             figures=figure_lines(report),
             losses=loss_lines(report),
             slices=slice_tables(report),

@@ -15,7 +15,6 @@ from dpocli.artifacts.page_words import (
     points,
     reward_in_words,
     rewards_compare,
-    ties_throughout,
     verdict_on,
 )
 from dpocli.config.loss_choice import LossChoice
@@ -23,12 +22,12 @@ from dpocli.config.loss_choice import LossChoice
 _ACCURACIES = {
     "length_normalised": (
         "Accuracy per token",
-        "Ranked by mean instead of summed values, so that length counts for less.",
+        "Ranked by mean instead of summed log-ratios (log-probs without a reference), so that length counts for less.",
     ),
     "policy": ("Accuracy of raw log-probs", "The policy without the reference: which answer it finds more likely."),
     "reference": (
         "Accuracy of the reference",
-        "Which answer the reference itself finds more likely: where the model began.",
+        "Which answer the reference of the cache finds more likely itself.",
     ),
     "pick_the_longer": ("Picking the longer", "Needs no model: right where the chosen answer has more tokens."),
 }
@@ -59,6 +58,8 @@ def _all_figures(report: Report) -> Iterator[Figure]:
     yield share(
         "Reward accuracy", ACCURACY, "Pairs whose chosen answer has the strictly higher reward. A tie is not right."
     )
+    if report.get("rewards/ties"):
+        yield share("With ties as half", "rewards/accuracies_ties_half", "The same, but a tie is right by half.")
     for key, (name, meaning) in _ACCURACIES.items():
         entry = (report.get("accuracies") or {}).get(key) or {}
         yield Figure(name, percent(entry.get("value")), between(entry.get("interval"), percent), meaning)
@@ -75,6 +76,13 @@ def _all_figures(report: Report) -> Iterator[Figure]:
         percent(own.get("value")),
         between(own.get("interval"), percent),
         f"Which answer it finds more likely itself, {both}.",
+    )
+    over = report.get("over_length") or {}
+    yield Figure(
+        "Over length alone",
+        points(over.get("value")),
+        between(over.get("interval"), points),
+        f"Points more than always picking the {over.get('rule')} answer, pair by pair.",
     )
     yield share("Ties", "rewards/ties", "Pairs whose rewards are equal to the last digit.")
     yield share(
@@ -110,17 +118,12 @@ def slice_tables(report: Report) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def model_lines(report: Report) -> list[dict[str, str]]:
-    """Each of several models, with its difference to the first."""
+    """Each of several models, with what the first has more than it."""
     models = report.get("models") or []
     if len(models) < 2:
         return []
-    differences = {comparison["model"]: comparison for comparison in report.get("comparisons") or []}
-    # One that is its reference ties on all pairs: a difference to it would look like a leap and say nothing.
-    tied = [ties_throughout(model) for model in models]
-    return [
-        _model_line(model, {} if tied[0] or is_tied else differences.get(model.get("name"), {}))
-        for model, is_tied in zip(models, tied, strict=True)
-    ]
+    differences = {comparison["against"]: comparison for comparison in report.get("comparisons") or []}
+    return [_model_line(model, differences.get(model.get("name"), {})) for model in models]
 
 
 def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:
@@ -138,7 +141,7 @@ def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:
         else "",
         "margin_interval": between(against.get("margin_interval")),
         "verdict": verdict_on(against["accuracy_interval"]) if against.get("accuracy_interval") else "",
-        "pairs": f"{against['pairs']:,}" if against.get("pairs") is not None else "",
+        "why_no_margin": str(against.get("why_no_margin") or ""),
     }
 
 
@@ -153,6 +156,14 @@ def loss_lines(report: Report) -> list[dict[str, str]]:
             "loss": number(entry.get("loss")),
         }
         for name, entry in (report.get("by_loss") or {}).items()
+    ]
+
+
+def gate_lines(report: Report) -> list[dict[str, Any]]:
+    """What was required, and whether it holds."""
+    return [
+        {"require": entry["require"], "value": number(entry["value"]), "holds": entry["holds"]}
+        for entry in report.get("requirements") or []
     ]
 
 

@@ -9,13 +9,14 @@ from dpocli.config.loss_choice import LossChoice
 Report = Mapping[str, Any]
 
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
+_TIES_HALF_INTERVAL = "rewards/accuracies_ties_half_interval"
 FEW_PROMPTS = 100
 """Below which an interval is too wide, and too rough itself, to carry a decision."""
 MOST_COMPARISONS = 3
 """That the headline tells, the last ones; the table has all."""
 NOT_TOLD_APART = "not told apart"
-MANY_TIES = 0.5
-"""Share of pairs from which on accuracy, to which a tie is not right, says nothing."""
+MOST = 0.5
+"""Share of pairs beyond which ties, or margins within rounding, leave nothing to conclude."""
 MUCH_NOISE = 0.05
 """Share of pairs within the noise of the dtype from which on they are worth a word."""
 
@@ -44,7 +45,7 @@ def headline(report: Report) -> Headline:
         sentence=_sentence(report),
         may=[
             _against_chance(report, verdict),
-            *_against_length(report),
+            *_against_length(report, verdict),
             *_against_each_other(report),
             *_displacement(report),
         ],
@@ -54,18 +55,20 @@ def headline(report: Report) -> Headline:
 
 def _sentence(report: Report) -> str:
     prefers = (
-        "leans more to the chosen answer than its reference does"
+        "The model leans more to the chosen answer than its reference does"
         if rewards_compare(report)
-        else "finds the chosen answer more likely than the rejected one"
+        else "The chosen answer has the higher reward, which looks at no reference,"
     )
     prompts = report.get("prompts")
-    of_prompts = f" on {prompts:,} prompts" if prompts and prompts != report["pairs"] else ""
-    return f"The model {prefers} in {percent(report.get(ACCURACY))} of {report['pairs']:,} pairs{of_prompts}."
+    of_prompts = f" of {counted(prompts, 'prompt')}" if prompts and prompts != report["pairs"] else ""
+    return f"{prefers} in {percent(report.get(ACCURACY))} of {counted(report['pairs'], 'pair')}{of_prompts}."
 
 
 def _verdict(report: Report) -> str:
-    bounds = report.get(f"{ACCURACY}_interval")
-    if not bounds or None in bounds or ties_throughout(report):
+    """By the accuracy in which a tie is right by half: with a tie as wrong, a model that ties often would look worse than a
+    coin."""
+    bounds = report.get(_TIES_HALF_INTERVAL)
+    if not bounds or None in bounds or undecided(report):
         return "open"
     return "better" if bounds[0] > 0.5 else "worse" if bounds[1] < 0.5 else "open"
 
@@ -73,69 +76,74 @@ def _verdict(report: Report) -> str:
 def _against_chance(report: Report, verdict: str) -> str:
     if ties_throughout(report):
         return (
-            f"Most margins are exactly 0 ({percent(report['rewards/ties'])} ties, which count as not right): the model is its reference, or "
-            "nearly so, and there is nothing to conclude yet."
+            f"Most margins are exactly 0 ({percent(report['rewards/ties'])} ties, which count as not right): "
+            f"{_SAME[rewards_compare(report)]}, and there is nothing to conclude yet."
         )
-    bounds = between(report.get(f"{ACCURACY}_interval"), percent)
-    if not bounds:
+    if undecided(report):
+        return (
+            f"{percent(report['rewards/within_noise'])} of the margins lie within the rounding of "
+            f"{report.get('dtype') or 'the dtype'}: {_SAME[rewards_compare(report)]}, and there is nothing to conclude yet."
+        )
+    bounds = report.get(_TIES_HALF_INTERVAL)
+    told = between(bounds, lambda bound: percent_beside(bound, 0.5))
+    if not told:
         return "No interval was computed, so nothing can be said about how sure the figure is."
+    if report.get("rewards/ties"):
+        told += " with a tie as right by half"
     if verdict == "better":
-        return f"It ranks such pairs better than a coin would: the whole interval, {bounds}, lies above 50%."
+        return f"It ranks such pairs better than a coin would: the whole interval, {told}, lies above 50%."
     if verdict == "worse":
-        return f"It ranks such pairs worse than a coin would: the whole interval, {bounds}, lies below 50%."
-    return f"It cannot be told from tossing a coin: 50% lies within the interval, {bounds}."
+        return f"It ranks such pairs worse than a coin would: the whole interval, {told}, lies below 50%."
+    return f"It cannot be told from tossing a coin: 50% lies within the interval, {told}."
 
 
-def _against_length(report: Report) -> list[str]:
-    if ties_throughout(report):
+_SAME = {True: "the model is its reference, or nearly so", False: "the model does not tell the answers apart"}
+
+
+def _against_length(report: Report, verdict: str) -> list[str]:
+    """Against the better of two rules, which is chosen by the same pairs: so it is held up to the model rather too high."""
+    found = report.get("over_length") or {}
+    bounds = found.get("interval")
+    if undecided(report) or not bounds:
         return []
-    longer = _value(report, "pick_the_longer")
-    bounds = report.get(f"{ACCURACY}_interval")
-    if longer is None or not bounds or None in bounds:
-        return []
-    best = max(longer, 1 - longer)
-    rule = "longer" if longer >= 0.5 else "shorter"
-    if bounds[0] > best:
-        return [f"Length alone does not explain it: always picking the {rule} answer is right in {percent(best)}."]
-    if bounds[1] < best:
-        return [
-            f"Always picking the {rule} answer does better, with {percent(best)}: as a judge of such pairs the model is no use."
-        ]
-    return [
-        f"Length alone is not ruled out as the reason: always picking the {rule} answer is right in {percent(best)}, which the "
-        "interval holds."
-    ]
+    rule = f"always picking the {found['rule']} answer, which is right in {percent(found['rule_accuracy'])}"
+    by = f"{points(found['value'])} points, 95% interval {between(bounds, points)}"
+    if bounds[0] > 0:
+        return [f"It does better than {rule}: {by}."]
+    if bounds[1] < 0:
+        return [f"It does worse than {rule}: {by}."]
+    if verdict == "better":
+        return [f"It may rank by length alone: it cannot be told from {rule}: {by}."]
+    return []
 
 
 def _against_each_other(report: Report) -> list[str]:
-    comparisons = report.get("comparisons") or []
-    if comparisons and ties_throughout(report):
-        return [
-            f"Against {comparisons[0]['against']} the others cannot be held: as the reference itself it ties on its pairs, "
-            "which counts as not right. Hold their accuracies against 50%."
-        ]
     told = []
-    for entry in comparisons[-MOST_COMPARISONS:]:
+    for entry in (report.get("comparisons") or [])[-MOST_COMPARISONS:]:
         bounds, difference = entry.get("accuracy_interval"), entry.get("accuracy_difference")
-        if difference is None or ties_throughout(_model(report, entry["model"])):
+        if difference is None:
             continue
-        verdict, interval = verdict_on(bounds), between(bounds, points)
-        by = f"{points(difference)} points on the same {entry['pairs']:,} pairs, 95% interval {interval}"
+        other = _model(report, entry["against"])
+        against = f"{entry['against']}{', which ties as the reference itself does' if ties_throughout(other) else ''}"
+        verdict = verdict_on(bounds)
+        by = f"{points(difference)} points on the same {counted(entry['pairs'], 'pair')}, 95% interval {between(bounds, points)}"
         told.append(
-            f"{entry['model']} cannot be told from {entry['against']}: {by}."
+            f"{entry['model']} cannot be told from {against}: {by}."
             if verdict == NOT_TOLD_APART
-            else f"{entry['model']} ranks {'more' if verdict == 'better' else 'fewer'} pairs right than {entry['against']}: {by}."
+            else f"{entry['model']} ranks {'more' if verdict == 'better' else 'fewer'} pairs right than {against}: {by}."
         )
     return told
 
 
 def _displacement(report: Report) -> list[str]:
     displaced = report.get("displacement")
-    if displaced is None or displaced <= 0.5:
+    if displaced is None or displaced <= 0.5 or undecided(report):
         return []
+    means = report.get("logratios/chosen"), report.get("logratios/rejected")
+    further = None not in means and means[1] < means[0]
     return [
-        f"Chosen answers have become less likely in {percent(displaced)} of the pairs (likelihood displacement): rejected "
-        "ones fell further, which is what the margin sees."
+        f"Chosen answers have become less likely in {percent(displaced)} of the pairs (likelihood displacement)"
+        + ("; rejected ones fell further, which is what the margin sees." if further else ".")
     ]
 
 
@@ -144,11 +152,12 @@ def _limits(report: Report) -> list[str]:
         "How good the answers are that the model writes itself: nothing was generated here. It ranked answers that others wrote.",
         "How it does on pairs of another kind: the interval is about other pairs drawn like these, and no others.",
     ]
-    units, what = (report["prompts"], "prompts") if report.get("prompts") else (report["pairs"], "pairs")
+    units = report.get("prompts") or report["pairs"]
     if units < FEW_PROMPTS:
-        limits.append(f"Small differences: there are only {units:,} {what}, so even the interval is a rough one.")
+        what = "prompt" if units < report["pairs"] else "pair"
+        limits.append(f"Small differences: of {counted(units, what)} even the interval is a rough one.")
     noise = report.get("rewards/within_noise")
-    if noise is not None and noise >= MUCH_NOISE:
+    if noise is not None and noise >= MUCH_NOISE and not undecided(report):
         limits.append(
             f"How {percent(noise)} of the pairs are ranked: their margins lie within the rounding of {report.get('dtype') or 'the dtype'}."
         )
@@ -162,7 +171,12 @@ def _limits(report: Report) -> list[str]:
 
 def ties_throughout(figures: Report) -> bool:
     """Whether a model is its reference, or nearly so: it ranks no pair right then, and is no worse for it."""
-    return (figures.get("rewards/ties") or 0) > MANY_TIES
+    return (figures.get("rewards/ties") or 0) > MOST
+
+
+def undecided(figures: Report) -> bool:
+    """Whether most margins are no larger than what rounding does to them; ties among them."""
+    return ties_throughout(figures) or (figures.get("rewards/within_noise") or 0) > MOST
 
 
 def _model(report: Report, name: str) -> Report:
@@ -200,6 +214,17 @@ def _value(report: Report, name: str) -> float | None:
 def percent(value: float | None, digits: int = 1) -> str:
     """`0.6721` → `67.2%`; a dash where there is no figure."""
     return "–" if value is None or value != value else f"{100 * value:.{digits}f}%"
+
+
+def percent_beside(value: float, level: float) -> str:
+    """With as many digits, up to four, as it takes to see on which side of `level` it lies."""
+    digits = next((d for d in (1, 2, 3) if value == level or round(100 * value, d) != round(100 * level, d)), 4)
+    return percent(value, digits)
+
+
+def counted(count: int, what: str) -> str:
+    """`1 pair`, `1,200 pairs`."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def points(value: float | None) -> str:

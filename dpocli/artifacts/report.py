@@ -15,7 +15,16 @@ from dpocli.artifacts.bootstrap import mean_interval
 from dpocli.artifacts.files import write_atomically
 from dpocli.artifacts.pair_table import PairTable
 from dpocli.artifacts.slices import KEPT, slices
-from dpocli.artifacts.statistics import accuracies, calibration, log_ratios, reward_length_correlation, rewards
+from dpocli.artifacts.statistics import (
+    accuracies,
+    calibration,
+    difference,
+    half_of_ties,
+    log_ratios,
+    over_length,
+    reward_length_correlation,
+    rewards,
+)
 from dpocli.config.loss_choice import LossChoice
 from dpocli.terminal import without_nan
 
@@ -33,6 +42,8 @@ class Evaluated:
     """By name; the first is the one that models are compared by."""
     step: int | None = None
     """Of the training that made it."""
+    run: str | None = None
+    """Which training that was: the same for all checkpoints of one."""
     extra: Mapping[str, Any] | None = None
     """Further figures of this model."""
 
@@ -50,38 +61,33 @@ def report_of(models: Sequence[Evaluated]) -> dict[str, Any]:
     by_source = {
         name: _whole(first.table.where(sources == name), first.table.losses[0]) for name in names if len(names) > 1
     }
-    by_loss = {
-        name: {"loss_choice": loss.model_dump()} | _rewards(first.table, name)
-        for name, loss in first.losses.items()
-        if len(first.losses) > 1
-    }
     return {
         "format": FORMAT_VERSION,
         **found[0],
         "by_source": by_source,
-        "by_loss": by_loss,
         "models": [
-            {"name": model.name, "step": model.step} | figures for model, figures in zip(models, found, strict=True)
+            {"name": model.name, "step": model.step, "run": model.run} | figures
+            for model, figures in zip(models, found, strict=True)
         ],
-        "comparisons": [compare(model, first) for model in models[1:]],
+        "comparisons": [compare(first, other) for other in models[1:]],
     }
 
 
 def compare(model: Evaluated, against: Evaluated) -> dict[str, Any]:
     """A model less another on the same pairs: the interval is of the paired difference, since both know the same hard ones.
 
-    Margins of other losses, or numbers of them, have another scale, and those of other tokens are sums of something else.
+    A tie is right by half, so that the reference itself, which ties on every pair, stands at 50%. Margins of other losses, or numbers of them, have another scale, and those of other tokens are sums of something else.
     """
     mine, theirs = _on_the_same_rows(model.table, against.table)
     clusters = theirs.clusters
-    right, right_there = (table.column("margins") > 0 for table in (mine, theirs))
-    change = right.astype(np.float64) - right_there
+    right, right_there = (half_of_ties(table.column("margins")) for table in (mine, theirs))
+    accuracy = difference(right - right_there, clusters)
     found: dict[str, Any] = {
         "model": model.name,
         "against": against.name,
         "pairs": len(mine),
-        "accuracy_difference": float(change.mean()),
-        "accuracy_interval": list(mean_interval(change, clusters)),
+        "accuracy_difference": accuracy["value"],
+        "accuracy_interval": accuracy["interval"],
         "margin_difference": None,
         "margin_interval": None,
     }
@@ -90,9 +96,10 @@ def compare(model: Evaluated, against: Evaluated) -> dict[str, Any]:
     if (mine.column("pair_id") != theirs.column("pair_id")).any():
         return found | {"why_no_margin": "the tokenizers differ"}
     change = mine.column("margins") - theirs.column("margins")
+    interval = mean_interval(change, clusters)
     return found | {
         "margin_difference": float(change.mean()),
-        "margin_interval": list(mean_interval(change, clusters)),
+        "margin_interval": list(interval) if interval else None,
     }
 
 
@@ -111,6 +118,11 @@ def _of_model(model: Evaluated) -> dict[str, Any]:
         "loss_choice": model.loss.model_dump(),
         **_whole(table, name),
         "slices": slices(table.columns, right, margins, table.clusters),
+        "by_loss": {
+            name: {"loss_choice": loss.model_dump()} | _rewards(table, name)
+            for name, loss in model.losses.items()
+            if len(model.losses) > 1
+        },
         **(model.extra or {}),
     }
 
@@ -126,7 +138,8 @@ def _whole(table: PairTable, loss: str) -> dict[str, Any]:
         **_rewards(table, loss),
         **log_ratios(table.columns),
         "accuracies": accuracies(table.columns, clusters),
-        "calibration": calibration(table.column(table.name_of(loss, "margins"))),
+        "over_length": over_length(table.column(table.name_of(loss, "margins")), *tokens, clusters),
+        "calibration": calibration(table.column(table.name_of(loss, "margins")), clusters),
         "correlation/reward_length": reward_length_correlation(*sides, *tokens),
     }
 
@@ -179,7 +192,11 @@ def _arrow(values: NDArray[Any]) -> pa.Array:
     items = values.tolist()
     if {type(item) for item in items if item is not None} <= {str} or len({type(item) for item in items}) == 1:
         try:
-            return pa.array(items)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+            found = pa.array(items)
+            pq.write_table(
+                pa.table({"": found.slice(0, 0)}), pa.BufferOutputStream()
+            )  # which refuses structs of nothing
+            return found
+        except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
             pass
     return pa.array([None if item is None else json.dumps(item, ensure_ascii=False) for item in items])

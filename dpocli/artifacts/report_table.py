@@ -89,12 +89,12 @@ def _losses(printer: Printer, by_loss: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _models(printer: Printer, report: Mapping[str, Any]) -> None:
-    """Each against the first, on the same pairs."""
+    """The first against each other, on the same pairs."""
     differences: list[Mapping[str, Any]] = [{}, *report["comparisons"]]
     columns = ["model", "step", "accuracy", "95% interval", "difference", "95% interval", "margin diff."]
     rows = [
         [
-            _short(entry["name"], LONGEST_NAME),
+            _short(entry["name"], LONGEST_NAME - 4),
             entry["step"],
             entry["rewards/accuracies"],
             _span(entry["rewards/accuracies_interval"]),
@@ -104,16 +104,16 @@ def _models(printer: Printer, report: Mapping[str, Any]) -> None:
         ]
         for entry, found in zip(report["models"], differences, strict=True)
     ]
-    printer.table("Models; differences from the first, pair by pair", columns, rows)
+    printer.table("Models; differences: the first less each, pair by pair, a tie as half right", columns, rows)
     for entry in report["models"]:
         if entry["rewards/ties"] > MANY_TIES:
             printer.say(
                 f"{entry['name']} ties on {entry['rewards/ties']:.0%} of the pairs, as the reference itself does: a tie is not"
-                " right, so compare with 0.5."
+                " right, so its accuracy says nothing."
             )
     for found in report["comparisons"]:
         if why := found.get("why_no_margin"):
-            printer.say(f"{found['model']}: compared by accuracy only; {why}.")
+            printer.say(f"{found['against']}: compared by accuracy only; {why}.")
 
 
 def _slices(printer: Printer, slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

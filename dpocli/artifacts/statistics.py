@@ -6,12 +6,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpocli.artifacts.bootstrap import Clusters, mean_interval, share_interval
+from dpocli.artifacts.bootstrap import DIFFERENCE_OF_SHARES, Clusters, mean_interval, share_interval
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 NUM_BINS = 10
 
 Floats = NDArray[np.float64]
+
+
+def half_of_ties(margins: Floats) -> Floats:
+    """1 where a pair is right, 0.5 where it is a tie, else 0: a model that knows nothing has 0.5 on average."""
+    return np.asarray((margins > 0) + 0.5 * (margins == 0))
 
 
 def share(right: NDArray[Any], clusters: Clusters) -> dict[str, Any]:
@@ -29,13 +34,17 @@ def rewards(chosen: Floats, rejected: Floats, noise: Floats, clusters: Clusters)
         clusters: of the pairs.
     """
     margins, right = chosen - rejected, chosen > rejected
+    half = half_of_ties(margins)
+    of_margins = mean_interval(margins, clusters)
     return {
         "rewards/accuracies": float(right.mean()),
         "rewards/accuracies_interval": list(share_interval(right, clusters)),
+        "rewards/accuracies_ties_half": float(half.mean()),
+        "rewards/accuracies_ties_half_interval": list(share_interval(half, clusters)),
         "rewards/ties": float((chosen == rejected).mean()),
         "rewards/within_noise": float((np.abs(margins) <= noise).mean()),
         "rewards/margins": float(margins.mean()),
-        "rewards/margins_interval": list(mean_interval(margins, clusters)),
+        "rewards/margins_interval": list(of_margins) if of_margins else None,
         "rewards/margins_quantiles": {
             f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(margins, QUANTILES), strict=True)
         },
@@ -67,7 +76,25 @@ def accuracies(columns: Mapping[str, NDArray[Any]], clusters: Clusters) -> dict[
 
 def pick_the_longer(chosen_tokens: NDArray[Any], rejected_tokens: NDArray[Any]) -> Floats:
     """1 where the chosen answer is the longer one, 0.5 where both are as long, else 0."""
-    return np.asarray((chosen_tokens > rejected_tokens) + 0.5 * (chosen_tokens == rejected_tokens))
+    return half_of_ties(chosen_tokens - rejected_tokens)
+
+
+def over_length(
+    margins: Floats, chosen_tokens: NDArray[Any], rejected_tokens: NDArray[Any], clusters: Clusters
+) -> dict[str, Any]:
+    """How much more often the reward is right than the better one of always picking the longer and always the shorter
+    answer, pair by pair. Ties, of rewards and of lengths, are right by half."""
+    longer = pick_the_longer(chosen_tokens, rejected_tokens)
+    rule, by_rule = ("longer", longer) if longer.mean() >= 0.5 else ("shorter", 1 - longer)
+    return {"rule": rule, "rule_accuracy": float(by_rule.mean())} | difference(
+        half_of_ties(margins) - by_rule, clusters
+    )
+
+
+def difference(change: Floats, clusters: Clusters) -> dict[str, Any]:
+    """A paired difference of shares with its interval. `change`: between -1 and 1."""
+    found = mean_interval(change, clusters, DIFFERENCE_OF_SHARES)
+    return {"value": float(change.mean()), "interval": list(found) if found else None}
 
 
 def log_ratios(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
@@ -90,16 +117,20 @@ def log_ratios(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
     return {name: float(values.mean()) for name, values in means.items()}
 
 
-def calibration(margins: Floats) -> dict[str, Any]:
+def calibration(margins: Floats, clusters: Clusters) -> dict[str, Any]:
     """How good σ(margin) is as the probability that the chosen answer is the preferred one (Bradley and Terry 1952).
 
     `brier`: mean (1 - σ(margin))², 0.25 for a model that knows nothing (Brier 1950). The bins look at each pair from the
     side that the model prefers, since every pair has a chosen side and it is always right: `mean_probability` is what
     the model gives its side, from 0.5 on, and `accuracy` how often that side was the chosen one; a margin of 0 is right
     by half. Bins without a pair are left out.
+
+    Args:
+        margins: of the pairs.
+        clusters: of the pairs.
     """
     sure = sigmoid(np.abs(margins))
-    right = (margins > 0) + 0.5 * (margins == 0)
+    right = half_of_ties(margins)
     edges = np.linspace(0.5, 1.0, NUM_BINS + 1)
     places = np.clip(np.searchsorted(edges, sure, side="right") - 1, 0, NUM_BINS - 1)
     bins = []
@@ -111,6 +142,7 @@ def calibration(margins: Floats) -> dict[str, Any]:
                 "high": float(edges[place + 1]),
                 "mean_probability": float(sure[members].mean()),
                 "accuracy": float(right[members].mean()),
+                "accuracy_interval": list(share_interval(right[members], clusters.where(members))),
                 "pairs": int(members.sum()),
             }
         )

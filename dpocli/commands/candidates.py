@@ -45,7 +45,7 @@ class Candidate:
 
 
 def candidates(options: EvaluateOptions) -> list[Candidate]:
-    """The models of `--model`, in the order given, those of one run in order of step.
+    """The models of `--model`, in the order given, but after the first those of one run in order of step.
 
     Without `--loss`, each is judged by the loss that it was trained with; one that dpocli did not train, by that of the
     first which it did, so that a base and what was trained from it can be compared.
@@ -70,14 +70,13 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
 
 
 def in_order_of_step(found: Sequence[Candidate]) -> list[Candidate]:
-    """The models that one run left, or runs from the same start with the same loss and reference, change places so that their
-    steps rise; all others stay where they are."""
+    """The first stays the first, whatever it is: the report is about it. Of the others those that one run left change places
+    so that their steps rise; all others stay where they are."""
     ordered = list(found)
-    runs: dict[tuple[object, ...], list[int]] = {}
-    for place, candidate in enumerate(found):
-        told = candidate.provenance
-        if told.step is not None:
-            runs.setdefault((told.trained_from, str(told.loss), told.reference_digest), []).append(place)
+    runs: dict[str, list[int]] = {}
+    for place, candidate in enumerate(found[1:], start=1):
+        if candidate.provenance.run and candidate.provenance.step is not None:
+            runs.setdefault(candidate.provenance.run, []).append(place)
     for places in runs.values():
         members = sorted((found[place] for place in places), key=lambda candidate: candidate.provenance.step or 0)
         for place, candidate in zip(places, members, strict=True):

@@ -19,7 +19,7 @@ from dpocli.artifacts.shown_pairs import Showcase
 from dpocli.commands.candidates import Candidate, candidates
 from dpocli.commands.gates import check_gates, judge_gates
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
-from dpocli.commands.showcase import showcase, write_page
+from dpocli.commands.showcase import remove_report, showcase, write_page
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.mesh import Processes, joined, pick_device
@@ -64,7 +64,12 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         _check_slices(options.slice_by, stores[0])
         second = open_second(options.second_reference, stores[0]) if options.second_reference else None
         check_gates(options.gates, models, stores, second)
+        warnings = [text for each in zip(models, stores, strict=True) if (text := _other_reference(*each))]
+        for text in warnings:
+            terminal.warn(text)
         out.write_config(options)
+        if processes.is_first:
+            remove_report(options.out)
 
         def go_on() -> None:
             if processes.any(bool(stop) or out.stop_requested()):
@@ -86,6 +91,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             "dtype": dtype_name(_dtype(options, stores[0], device)),
             "environment": environment(device),
             "scoring": scoring[0],
+            "warnings": warnings,
         }
         failed = judge_gates(options.gates, report)
         if processes.is_first:
@@ -113,7 +119,6 @@ class Job:
     def evaluated(self) -> tuple[Evaluated, dict[str, Any], Showcase]:
         """What it makes of the pairs, how fast, and the pairs at both ends. It is out of memory again by then."""
         model, losses = self.model, self.model.losses
-        _tell_other_reference(model, self.store, self.terminal)
         dtype = _dtype(self.options, self.store, self.processes.device)
         needs = {need for loss in losses.values() for need in loss.needs}
         wanted = Wanted.by(needs, has_reference=self.store.has_reference)
@@ -133,8 +138,10 @@ class Job:
                 table, self.second, scored, losses[name], model.states[name], noise
             )
         view = PairView(self.store, np.arange(len(self.store)))
-        ends = showcase(scorer, view, model.tokenizer, table, self.shows, team)
-        return Evaluated(model.name, table, losses, model.provenance.step, extra), throughput, ends
+        compares = losses[table.losses[0]].ranked_by.spec.reward.log_ratio
+        ends = showcase(scorer, view, model.tokenizer, table, self.shows, team, against_reference=compares)
+        step, run = model.provenance.step, model.provenance.run
+        return Evaluated(model.name, table, losses, step, run, extra), throughput, ends
 
     def _scored(self, scorer: PairScorer, wanted: Wanted) -> tuple[ScoredPairs, dict[str, Any]]:
         options, store, processes = self.options, self.store, self.processes
@@ -198,10 +205,11 @@ def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: st
         )
 
 
-def _tell_other_reference(model: Candidate, store: PairStore, terminal: Terminal) -> None:
+def _other_reference(model: Candidate, store: PairStore) -> str | None:
     trained_against = model.provenance.reference_digest
-    if store.has_reference and trained_against and trained_against != store.fingerprint.reference_digest:
-        terminal.warn(
-            f"{model.name} was trained against another reference than the one that wrote this cache: its rewards here are "
-            "not those that it was trained on."
-        )
+    if not store.has_reference or not trained_against or trained_against == store.fingerprint.reference_digest:
+        return None
+    return (
+        f"{model.name} was trained against another reference than the one that wrote this cache: its rewards here are not "
+        "those that it was trained on."
+    )

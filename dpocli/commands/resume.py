@@ -6,7 +6,7 @@ from typing import Any
 
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
-from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, digest_json
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.models import TrainOptions
 from dpocli.config.shared_options import NUMBERS_OF_LOSSES
@@ -76,6 +76,11 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
 def inputs_of(options: TrainOptions) -> list[str]:
     """Where the training pairs come from, as the summary remembers it."""
     return [str(options.reference)] if options.reference else list(options.data)
+
+
+def run_digest(options: TrainOptions, store: PairStore) -> str:
+    """Names a run by what decides it, wherever it lies."""
+    return digest_json([store.fingerprint.digest, {name: str(value) for name, value in _values(options).items()}])
 
 
 def _values(options: TrainOptions) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.html_report import FILE_NAME, write_html_report
+from dpocli.artifacts.html_report import FILE_NAME, PLOTS, write_html_report
 from dpocli.artifacts.page_tables import facts_of_cache
 from dpocli.artifacts.pair_table import PairTable
+from dpocli.artifacts.report_plots import NAMES
 from dpocli.artifacts.shown_pairs import Showcase, ShownPair, ShownToken
 from dpocli.config.models import EvaluateOptions
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
@@ -31,6 +33,8 @@ def showcase(
     table: PairTable,
     count: int,
     team: Processes,
+    *,
+    against_reference: bool,
 ) -> Showcase:
     """Shows the pairs with the lowest and the highest margins of the first loss.
 
@@ -44,16 +48,17 @@ def showcase(
         table: their margins and rewards.
         count: how many of the worst and of the best; of few pairs, none is shown twice.
         team: the processes that share the scorer's model with this one.
+        against_reference: whether the reward is made of log-ratios, else of log-probs: that is what tokens show.
     """
     worst, best = ends(table.column("margins"), count)
     positions = np.concatenate([worst, best])
     pairs = view.load(positions)
     scored = reference_logps(scorer, pairs, _silent(), lambda: None, team) if pairs else []
     shown = tuple(
-        _shown(pair, policy, tokenizer, table, position)
+        _shown(pair, policy, tokenizer, table, position, against_reference=against_reference)
         for pair, policy, position in zip(pairs, scored, positions.tolist(), strict=True)
     )
-    return Showcase(shown[: len(worst)], shown[len(worst) :], view.store.has_reference)
+    return Showcase(shown[: len(worst)], shown[len(worst) :], against_reference)
 
 
 def write_page(
@@ -82,6 +87,12 @@ def write_page(
         )
 
 
+def remove_report(directory: Path) -> None:
+    """What an earlier evaluation left there: should this one fail, nobody takes that for its result."""
+    for name in ("metrics.json", "pairs.parquet", FILE_NAME, *(f"{PLOTS}/{name}.png" for name in NAMES)):
+        (directory / name).unlink(missing_ok=True)
+
+
 def ends(margins: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where the lowest margins are, lowest first, and the highest, highest first; no place is in both."""
     order = np.argsort(margins, kind="stable")
@@ -96,11 +107,18 @@ def _silent() -> Progress:
 
 
 def _shown(
-    pair: EncodedPair, policy: EncodedPair, tokenizer: PreTrainedTokenizerBase, table: PairTable, position: int
+    pair: EncodedPair,
+    policy: EncodedPair,
+    tokenizer: PreTrainedTokenizerBase,
+    table: PairTable,
+    position: int,
+    *,
+    against_reference: bool,
 ) -> ShownPair:
     assert policy.reference
     values, masks = [policy.reference.chosen, policy.reference.rejected], (pair.chosen_mask, pair.rejected_mask)
-    if pair.reference:
+    if against_reference:
+        assert pair.reference
         values = [values[0] - pair.reference.chosen, values[1] - pair.reference.rejected]
     chosen, rejected = (
         shown_tokens(tokenizer, pair.prompt_ids, ids, mask, of_side.astype(np.float64))

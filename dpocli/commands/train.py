@@ -17,7 +17,7 @@ from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.artifacts.status import mark_recorded
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
-from dpocli.commands.resume import check_same_content, finished_summary, inputs_of
+from dpocli.commands.resume import check_same_content, finished_summary, inputs_of, run_digest
 from dpocli.commands.run_summary import facts, no_better_warning, render, truncation_warning
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
@@ -282,6 +282,7 @@ def _provenance(options: TrainOptions, loss: LossChoice, files: ModelFiles, stor
         trained_from=options.model,
         quantization=files.quantization,
         reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
+        run=run_digest(options, store),
     )
 
 

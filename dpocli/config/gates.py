@@ -12,6 +12,7 @@ from dpocli.errors import UsageError
 ALIASES: Mapping[str, str] = {
     "loss": "loss",
     "reward_accuracy": "rewards/accuracies",
+    "reward_accuracy_ties_half": "rewards/accuracies_ties_half",
     "reward_margin": "rewards/margins",
     "reward_margin_median": "rewards/margins_quantiles/0.5",
     "reward_chosen": "rewards/chosen",
@@ -22,6 +23,7 @@ ALIASES: Mapping[str, str] = {
     "policy_accuracy": "accuracies/policy/value",
     "reference_accuracy": "accuracies/reference/value",
     "pick_the_longer_accuracy": "accuracies/pick_the_longer/value",
+    "over_length": "over_length/value",
     "brier": "calibration/brier",
     "logratio_chosen": "logratios/chosen",
     "logratio_rejected": "logratios/rejected",
@@ -40,6 +42,16 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 }
 _FORM = re.compile(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
 _OF_THE_DATA = ("slices", "bins", "by_source")
+_MISSING: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("accuracy_difference", "margin_difference"), "it takes a second --model to compare the first with"
+    ),
+    **dict.fromkeys(
+        ("reference_accuracy", "logratio_chosen", "logratio_rejected", "displacement"), "it takes a reference"
+    ),
+    **dict.fromkeys(("slices", "by_source"), "slices cannot be named, since they depend on the pairs"),
+}
+"""Names, or how they begin, that people may well expect → why they are not there."""
 """Parts of `metrics.json` whose names depend on the pairs, so that no gate can name them beforehand."""
 
 
@@ -81,7 +93,12 @@ def scalars(report: Mapping[str, Any]) -> dict[str, float | None]:
 def check_names(gates: Sequence[Gate], known: Mapping[str, float | None]) -> None:
     """Raises UsageError where a gate names what `metrics.json` will not hold."""
     for gate in gates:
-        if gate.name not in known:
+        if gate.name in known:
+            continue
+        stem = gate.name.removesuffix("_low").removesuffix("_high").partition("/")[0]
+        if stem in _MISSING:
+            hint = f"{_MISSING[stem]}."
+        else:
             near = difflib.get_close_matches(gate.name, known, n=1)
             names = ", ".join(name for name in ALIASES if name in known)
             hint = (
@@ -89,14 +106,14 @@ def check_names(gates: Sequence[Gate], known: Mapping[str, float | None]) -> Non
                 if near
                 else f"there are {names}, and the other single figures of metrics.json by path."
             )
-            raise UsageError(f"--require {gate.text}: there is no figure {gate.name} here; {hint}")
+        raise UsageError(f"--require {gate.text}: there is no figure {gate.name} here; {hint}")
 
 
 def outcomes(gates: Sequence[Gate], report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What `metrics.json` says of each gate."""
     figures = scalars(report)
     return [
-        {"require": gate.text, "value": (value := figures[gate.name]), "holds": gate.holds(value)} for gate in gates
+        {"require": gate.text, "value": (value := figures.get(gate.name)), "holds": gate.holds(value)} for gate in gates
     ]
 
 

@@ -1,5 +1,6 @@
 """The options of the three commands: what they share and what is their own, and what does not go together."""
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -163,7 +164,7 @@ class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
     model: Several = option(
         ...,
         Panel.MAIN,
-        "model: a local directory or a hub id; repeatable: each is compared with the first on the same pairs",
+        "model: a local directory or a hub id; repeatable: the first is compared with each other on the same pairs",
     )
     reference: Path | None = option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
     show_pairs: int = option(
@@ -194,8 +195,9 @@ class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
                     f"{name}: belongs to one --model, and there are {len(self.model)}; give directories (that of an adapter "
                     "stands for its base with the adapter)"
                 )
-        if twice := [model for model in self.model if self.model.count(model) > 1]:
-            raise ValueError(f"model: {twice[0]} is given twice")
+        places = [os.path.realpath(model) if os.path.exists(model) else model for model in self.model]
+        if twice := [model for model, place in zip(self.model, places, strict=True) if places.count(place) > 1]:
+            raise ValueError(f"model: {' and '.join(dict.fromkeys(twice))}: given twice")
         if self.second_reference and not self.reference:
             raise ValueError("second_reference: there is no first; give --reference")
         for text in self.require:

@@ -38,6 +38,8 @@ class Provenance(BaseModel):
     """Of the reference that it was trained against; None without one."""
     step: int | None = None
     """Of its training, after which it was saved."""
+    run: str | None = None
+    """Names the training: the same for all checkpoints of one, and for no other settings or pairs."""
 
     @classmethod
     def of(cls, model_directory: Path) -> "Provenance":

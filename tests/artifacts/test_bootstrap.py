@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dpocli.artifacts import bootstrap
-from dpocli.artifacts.bootstrap import Clusters, mean_interval, share_interval
+from dpocli.artifacts.bootstrap import DIFFERENCE_OF_SHARES, Clusters, mean_interval, share_interval
 
 
 def alone(count: int) -> Clusters:
@@ -94,8 +94,39 @@ def test_a_handful_of_pairs_that_are_all_right_proves_little() -> None:
     assert share_interval(np.ones(4, bool), repeated) == (pytest.approx(0.025**0.5), 1.0)
 
 
-def test_a_mean_without_spread_is_sure() -> None:
+def test_prompts_that_are_all_alike_prove_little() -> None:
+    """So large a share may lie at either end of the range and not have been drawn."""
+    unseen = 1 - 0.025 ** (1 / 10)
+    assert mean_interval(np.zeros(10), alone(10), DIFFERENCE_OF_SHARES) == pytest.approx((-unseen, unseen))
+    one = Clusters.of(np.zeros(10))
+    low, high = share_interval(np.arange(10) < 7, one)
+    assert (low, high) == pytest.approx((0.7 - 0.975 * 0.7, 0.7 + 0.975 * 0.3))
+
+
+def test_of_one_prompt_a_value_without_bounds_says_nothing() -> None:
+    assert mean_interval(np.array([1.0, 2.0]), Clusters.of(np.zeros(2))) is None
     assert mean_interval(np.full(5, 0.5), alone(5)) == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_few_prompts_hold_the_truth_as_often_as_many(count: int) -> None:
+    generator = np.random.default_rng(count)
+    holds = []
+    for seed in range(300):
+        low, high = mean_interval(generator.normal(3.0, 2.0, count), alone(count), resamples=400, seed=seed) or (0, 0)
+        holds.append(low <= 3.0 <= high)
+    assert 0.90 <= coverage(holds) <= 0.985
+
+
+@pytest.mark.parametrize(("rare", "count"), [(0.05, 10), (0.05, 30), (0.02, 100)])
+def test_a_rare_difference_is_not_ruled_out_by_a_sample_without_one(rare: float, count: int) -> None:
+    generator = np.random.default_rng(count)
+    holds = []
+    for seed in range(300):
+        change = (generator.random(count) < rare).astype(np.float64)
+        low, high = mean_interval(change, alone(count), DIFFERENCE_OF_SHARES, resamples=400, seed=seed) or (1, 1)
+        holds.append(low <= rare <= high)
+    assert coverage(holds) >= 0.93
 
 
 def test_a_million_pairs_are_feasible(monkeypatch: pytest.MonkeyPatch) -> None:

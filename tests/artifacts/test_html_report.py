@@ -173,7 +173,7 @@ def test_a_report_of_the_first_format_is_shown_too():
 def test_without_reference_tokens_show_log_probs():
     pair = made_up_pair(chosen=(ShownToken("sure", -0.1, True), ShownToken(" odd", -9.0, True)))
     text = page_of(shown=Showcase((pair,), (), has_reference=False)).text
-    assert "There is no reference" in text
+    assert "looks at no reference" in text
     assert "more likely" not in text.split("Worst and best pairs")[1]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpocli.artifacts.page_tables import figure_lines, model_lines
+from dpocli.artifacts.page_tables import figure_lines, gate_lines, model_lines
 from dpocli.artifacts.page_words import between, headline, number, percent, points
 from dpocli.config.loss_choice import LossChoice
 from tests.reports import made_up_report, made_up_table
@@ -18,77 +18,105 @@ def words(**more):
     ("interval", "verdict", "sentence"),
     [
         ([0.52, 0.58], "better", "better than a coin"),
+        ([0.5002, 0.58], "better", "the whole interval, 50.02% to 58.0%, lies above 50%"),
         ([0.5, 0.58], "open", "cannot be told from tossing a coin"),
         ([0.42, 0.48], "worse", "worse than a coin"),
         (None, "open", "No interval"),
     ],
 )
 def test_accuracy_is_judged_by_its_interval(interval, verdict, sentence):
-    found = words(**{"rewards/accuracies_interval": interval})
+    found = words(**{"rewards/accuracies_ties_half_interval": interval})
     assert found.verdict == verdict
     assert sentence in found.may[0]
 
 
-def test_a_model_that_is_its_reference_is_not_called_worse():
-    found = words(**{"rewards/accuracies_interval": [0.0, 0.0], "rewards/accuracies": 0.0, "rewards/ties": 1.0})
-    assert found.verdict == "open"
-    assert "nothing to conclude" in found.may[0]
+def test_ties_are_no_reason_to_call_a_model_worse():
+    """35% right, 20% wrong, 45% ties: with a tie as right by half it is better than a coin."""
+    ties = {"rewards/ties": 0.45, "rewards/accuracies": 0.35, "rewards/accuracies_interval": [0.31, 0.39]}
+    found = words(**ties, **{"rewards/accuracies_ties_half_interval": [0.53, 0.62]})
+    assert found.verdict == "better"
+    assert "with a tie as right by half" in found.may[0]
 
 
 @pytest.mark.parametrize(
-    ("longer", "sentence"),
+    ("figures", "words_of_it"),
+    [({"rewards/ties": 1.0}, "ties"), ({"rewards/within_noise": 0.9}, "90.0% of the margins lie within the rounding")],
+)
+def test_where_margins_are_rounding_there_is_nothing_to_conclude(figures, words_of_it):
+    found = words(**figures, **{"rewards/accuracies_ties_half_interval": [0.6, 0.7]})
+    assert found.verdict == "open"
+    assert words_of_it in found.may[0]
+    assert "nothing to conclude" in found.may[0]
+    assert not any("always picking" in sentence or "displacement" in sentence for sentence in found.may)
+
+
+@pytest.mark.parametrize(
+    ("interval", "of_accuracy", "sentence"),
     [
-        (0.55, "does not explain"),
-        (0.45, "picking the shorter answer is right in 55.0%"),
-        (0.65, "not ruled out"),
-        (0.75, "no use"),
+        (
+            [0.01, 0.13],
+            [0.6, 0.7],
+            "It does better than always picking the longer answer, which is right in 57.0%: +7.0",
+        ),
+        ([-0.01, 0.13], [0.6, 0.7], "It may rank by length alone"),
+        ([-0.01, 0.13], [0.45, 0.6], ""),
+        ([-0.13, -0.01], [0.45, 0.6], "It does worse than always picking"),
     ],
 )
-def test_accuracy_is_held_against_length(longer, sentence):
-    found = words(accuracies={"pick_the_longer": {"value": longer}}, **{"rewards/accuracies_interval": [0.6, 0.7]})
+def test_accuracy_is_held_against_length(interval, of_accuracy, sentence):
+    over = {"rule": "longer", "rule_accuracy": 0.57, "value": 0.07, "interval": interval}
+    found = words(over_length=over, comparisons=[], **{"rewards/accuracies_ties_half_interval": of_accuracy})
     assert sentence in found.may[1]
+    assert sentence or "length" not in " ".join(found.may)
+
+
+def test_displacement_says_only_what_is_so():
+    assert "rejected ones fell further" in " ".join(words().may)
+    told = " ".join(words(**{"logratios/rejected": -0.3}).may)
+    assert "less likely in 61.0% of the pairs (likelihood displacement)." in told
 
 
 def test_small_and_noisy_evaluations_say_so():
-    assert any("only 12 prompts" in sentence for sentence in words(prompts=12).may_not)
+    assert any("of 12 prompts even the interval" in sentence for sentence in words(prompts=12).may_not)
+    one = words(prompts=1, pairs=1)
+    assert "in 64.4% of 1 pair." in one.sentence
+    assert any("of 1 pair even" in sentence for sentence in one.may_not)
     assert any("20.0% of the pairs" in sentence for sentence in words(**{"rewards/within_noise": 0.2}).may_not)
     usual = words(**{"rewards/within_noise": 0.0}).may_not
-    assert not any("only" in sentence or "rounding" in sentence for sentence in usual)
+    assert not any("rough" in sentence or "rounding" in sentence for sentence in usual)
 
 
 def test_rewards_without_a_reference_are_called_what_they_are():
     found = words(loss_choice=LossChoice.of("simpo").model_dump())
-    assert "more likely than the rejected" in found.sentence
+    assert "higher reward, which looks at no reference" in found.sentence
     assert "than its reference" in words().sentence
 
 
 def test_models_are_compared_by_the_interval_of_their_difference():
     told = " ".join(words().may)
-    assert "step-200 ranks more pairs right than run/checkpoints/step-100: +2.0 points" in told
-    assert "step-300 cannot be told from" in told
+    assert "step-300 ranks more pairs right than run/checkpoints/step-200: +2.0 points" in told
+    assert "step-300 cannot be told from run/checkpoints/step-100" in told
     lines = model_lines(made_up_report(TABLE))
-    assert [line["verdict"] for line in lines] == ["", "better", "not told apart"]
+    assert [line["verdict"] for line in lines] == ["", "not told apart", "better"]
 
 
-def test_nothing_is_held_against_a_model_that_is_its_reference():
-    """It ranks no pair right: +63 points would look like a leap."""
-    report = made_up_report(TABLE, **{"rewards/ties": 1.0})
-    report["models"][0]["rewards/ties"] = 1.0
-    told = " ".join(headline(report).may)
-    assert "cannot be held" in told
-    assert "points on" not in told
-    assert [line["difference"] for line in model_lines(report)] == ["", "", ""]
-    turned = made_up_report(TABLE)
-    turned["models"][1]["rewards/ties"] = 1.0
-    assert "step-200" not in " ".join(headline(turned).may)
-    assert [bool(line["difference"]) for line in model_lines(turned)] == [False, False, True]
+def test_a_model_that_is_its_reference_is_called_that():
+    report = made_up_report(TABLE)
+    report["models"][1]["rewards/ties"] = 1.0
+    assert "step-100, which ties as the reference itself does" in " ".join(headline(report).may)
 
 
 def test_models_of_other_losses_are_compared_by_accuracy_alone():
     report = made_up_report(TABLE)
-    report["comparisons"][0] |= {"margin_difference": None, "margin_interval": None}
+    report["comparisons"][0] |= {"margin_difference": None, "margin_interval": None, "why_no_margin": "other losses"}
     line = model_lines(report)[1]
-    assert (line["difference"], line["margin_difference"]) == ("+2.0", "")
+    assert (line["difference"], line["margin_difference"], line["why_no_margin"]) == ("+4.0", "", "other losses")
+
+
+def test_what_was_required_is_told():
+    outcome = {"require": "loss<=0.5", "value": None, "holds": False}
+    assert gate_lines(made_up_report(TABLE, requirements=[outcome])) == [outcome | {"value": "–"}]
+    assert gate_lines(made_up_report(TABLE)) == []
 
 
 def test_figures_are_spelled_for_people():
@@ -101,7 +129,7 @@ def test_figures_are_spelled_for_people():
 def test_the_table_has_accuracy_first_and_every_figure_that_is_there():
     lines = figure_lines(made_up_report(TABLE))
     assert lines[0].name == "Reward accuracy"
-    assert len(lines) == 17
+    assert len(lines) == 18
     assert all(line.meaning for line in lines)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from dpocli.artifacts.bootstrap import Clusters
 from dpocli.artifacts.report import report_of, write_report
 from dpocli.artifacts.report_table import render
 from dpocli.artifacts.statistics import calibration, reward_length_correlation, sigmoid
@@ -34,6 +35,9 @@ def test_accuracy_margins_and_calibration_are_those_of_the_pairs() -> None:
     assert found["rewards/margins_quantiles"]["0.05"] == pytest.approx(-LESS_SURE)
     # For probabilities that are true, the Brier score is their variance.
     assert found["calibration"]["brier"] == pytest.approx((0.92 * 0.08 + 0.76 * 0.24) / 2)
+    for found_bin in found["calibration"]["bins"]:
+        low, high = found_bin.pop("accuracy_interval")
+        assert low < found_bin["accuracy"] < high
     assert found["calibration"]["bins"] == [
         {"low": 0.75, "high": 0.8, "mean_probability": pytest.approx(0.76), "accuracy": 19 / 25, "pairs": 25},
         {"low": 0.9, "high": 0.95, "mean_probability": pytest.approx(0.92), "accuracy": 23 / 25, "pairs": 25},
@@ -100,7 +104,7 @@ def test_rewards_that_go_with_length_are_seen() -> None:
 
 def test_calibration_of_extreme_and_of_missing_margins() -> None:
     assert sigmoid(np.array([-1e4, 0.0, 1e4])).tolist() == [0, 0.5, 1]
-    found = calibration(np.array([0.0, 1e4, -1e4]))
+    found = calibration(np.array([0.0, 1e4, -1e4]), Clusters.of(np.arange(3)))
     assert found["brier"] == pytest.approx((0.25 + 0 + 1) / 3)
     assert [(entry["low"], entry["accuracy"], entry["pairs"]) for entry in found["bins"]] == [
         (0.5, 0.5, 1),
@@ -124,13 +128,13 @@ def test_prompts_that_repeat_are_said_and_widen_the_interval() -> None:
 
 
 def test_a_paired_comparison_knows_that_both_find_the_same_pairs_hard() -> None:
-    """The second is right wherever the first is, and on 10 of 200 more: apart, their intervals overlap by far."""
+    """The first is right wherever the second is, and on 10 of 200 more: apart, their intervals overlap by far."""
     hard = np.where(np.arange(200) % 2 == 0, 1.0, -1.0)
     better = np.where(np.arange(200) % 20 == 1, 0.5, hard)
-    found = report(evaluated(with_margins(hard), name="a"), evaluated(with_margins(better), name="b", step=7))
+    found = report(evaluated(with_margins(better), name="b", step=7), evaluated(with_margins(hard), name="a"))
     assert [(entry["name"], entry["step"], entry["rewards/accuracies"]) for entry in found["models"]] == [
-        ("a", None, 0.5),
         ("b", 7, 0.55),
+        ("a", None, 0.5),
     ]
     (comparison,) = found["comparisons"]
     assert (comparison["model"], comparison["against"], comparison["pairs"]) == ("b", "a", 200)
@@ -140,7 +144,34 @@ def test_a_paired_comparison_knows_that_both_find_the_same_pairs_hard() -> None:
     low, high = comparison["margin_interval"]
     assert 0 < low < 0.075 < high
     first, second = found["models"]
-    assert first["rewards/accuracies_interval"][1] > second["rewards/accuracies_interval"][0]
+    assert first["rewards/accuracies_interval"][0] < second["rewards/accuracies_interval"][1]
+
+
+def test_the_reference_itself_stands_at_half() -> None:
+    """It ties on every pair: against 85% right it is 35 points behind, and not 85."""
+    right = np.where(np.arange(20) < 17, 1.0, -1.0)
+    found = report(evaluated(with_margins(right)), evaluated(with_margins(np.zeros(20)), name="base"))
+    (comparison,) = found["comparisons"]
+    assert comparison["accuracy_difference"] == pytest.approx(0.35)
+    low, high = comparison["accuracy_interval"]
+    assert 0.1 < low < 0.35 < high < 0.6
+    assert found["models"][1]["rewards/accuracies_ties_half"] == 0.5
+
+
+def test_length_is_compared_pair_by_pair() -> None:
+    """Of ten pairs the longer answer is the chosen one in three, so the better rule is the shorter: right in seven."""
+    tokens = np.where(np.arange(10) < 3, 9, 4), np.full(10, 5)
+    right = np.where(np.arange(10) < 9, 1.0, -1.0)
+    found = report(evaluated(with_margins(right, tokens=tokens)))["over_length"]
+    assert (found["rule"], found["rule_accuracy"], found["value"]) == ("shorter", 0.7, pytest.approx(0.2))
+    assert found["interval"][0] < 0 < found["interval"][1]
+
+
+def test_every_model_has_the_figures_of_every_loss() -> None:
+    models = [evaluated(with_margins([1.0, -2.0, 3.0]), "dpo", "ipo", name=name) for name in "ab"]
+    found = report(*models)
+    assert [list(entry["by_loss"]) for entry in found["models"]] == [["dpo", "ipo"]] * 2
+    assert found["by_loss"] == found["models"][0]["by_loss"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +183,7 @@ def test_margins_of_another_scale_are_not_compared(loss: str, ids: str, why: str
     pair_ids = {"pair_id": np.array([ids + "0" * 31] * 3)} if ids else {}
     other = evaluated(with_margins([1.0, 1.0, 1.0], **pair_ids), loss, name="b")
     (comparison,) = report(first, other)["comparisons"]
-    assert comparison["accuracy_difference"] == pytest.approx(1 / 3)
+    assert comparison["accuracy_difference"] == pytest.approx(-1 / 3)
     assert (comparison["margin_difference"], comparison["margin_interval"]) == (None, None)
     assert why in comparison["why_no_margin"]
 
@@ -163,7 +194,7 @@ def test_models_are_compared_on_the_rows_that_both_have(tmp_path: Path) -> None:
     other = evaluated(with_margins([1.0, 1.0, -1.0], row=np.array([2, 3, 5])), name="b")
     found = report(first, other)
     assert found["comparisons"][0]["pairs"] == 2
-    assert found["comparisons"][0]["accuracy_difference"] == 0.5
+    assert found["comparisons"][0]["accuracy_difference"] == -0.5
     write_report(tmp_path, found, [first, other])
     columns = pq.read_table(tmp_path / "pairs.parquet").to_pydict()
     assert columns["row"] == [0, 2, 3, 9]
@@ -193,14 +224,18 @@ def test_the_table_fits_a_hundred_columns() -> None:
 
 
 def test_metrics_json_is_json_and_the_columns_have_types(tmp_path: Path) -> None:
-    kept = np.empty(3, dtype=object)
-    kept[:] = ["a", 1, None]
+    kept, hollow = np.empty(3, dtype=object), np.empty(3, dtype=object)
+    kept[:], hollow[:] = ["a", 1, None], [{"a": {}}] * 3  # Parquet has no structs without fields
     model = evaluated(
-        with_margins([0.0, 0.0, 0.0], **{"kept/mixed": kept, "prompt_hash": np.array([2**64 - 1, 1, 2], np.uint64)})
+        with_margins(
+            [0.0, 0.0, 0.0],
+            **{"kept/mixed": kept, "kept/hollow": hollow, "prompt_hash": np.array([2**64 - 1, 1, 2], np.uint64)},
+        )
     )
     found = report(model)
     write_report(tmp_path, found, [model])
     assert json.loads((tmp_path / "metrics.json").read_text()) == json.loads(json.dumps(found))
     columns = pq.read_table(tmp_path / "pairs.parquet").to_pydict()
     assert columns["kept/mixed"] == ['"a"', "1", None]
+    assert columns["kept/hollow"] == ['{"a": {}}'] * 3
     assert columns["prompt_hash"] == [2**64 - 1, 1, 2]

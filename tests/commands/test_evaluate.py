@@ -13,7 +13,7 @@ import pytest
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.commands import evaluate
 from dpocli.data.preference import EncodedPair, ReferenceLogps
-from dpocli.errors import ExitCode
+from dpocli.errors import ExitCode, NumericsError
 from tests.caches import with_other_values
 from tests.commands.broken_inputs import replace_json, swap_two_tokens
 from tests.commands.conftest import HELD_OUT, MODEL, Run, quiet
@@ -59,40 +59,43 @@ def test_a_cache_with_known_values_gives_exactly_those(held_out_cache: Path, tmp
     assert report["accuracies"]["pick_the_longer"]["value"] == ((longer + 1) / 2).mean()
 
 
-def test_several_models_in_one_table_in_order_of_step(
+def test_several_models_in_one_table_as_they_are_given(
     runs: Mapping[int, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:
     out = tmp_path / "r"
-    line = ("evaluate", "--model", MODEL, "--model", runs[6], "--model", runs[2], "--reference", held_out_cache)
+    line = ("evaluate", "--model", runs[6], "--model", MODEL, "--model", runs[2], "--reference", held_out_cache)
     result = dpocli(*line, "--out", out, "--json")
     assert result.code == 0, result.err
     report = result.json
     assert report == json.loads((out / "metrics.json").read_text())
     assert [(entry["name"], entry["step"]) for entry in report["models"]] == [
-        (str(MODEL), None),
-        (str(runs[2]), 2),
         (str(runs[6]), 6),
+        (str(MODEL), None),
+        (str(runs[2]), 2),  # of another run, since its settings are others
     ]
     # The untrained model is judged by the loss of those that were trained from it.
     assert [entry["loss_choice"]["beta"] for entry in report["models"]] == [0.3] * 3
-    assert report["model"] == str(MODEL)
+    assert report["model"] == str(runs[6])
     for name in ("rewards/accuracies", "loss", "accuracies", "calibration", "slices"):
         assert report[name] == report["models"][0][name]
     alone = dpocli(
         "evaluate", "--model", runs[6], "--reference", held_out_cache, "--out", tmp_path / "alone", "--json"
     ).json
     for name in ("loss", "rewards/margins", "rewards/accuracies"):
-        assert report["models"][2][name] == pytest.approx(alone[name], rel=1e-5), name
+        assert report["models"][0][name] == pytest.approx(alone[name], rel=1e-5), name
     columns = pq.read_table(out / "pairs.parquet").to_pydict()
     second, third = report["comparisons"]
-    assert (second["model"], third["model"], third["against"]) == (str(runs[2]), str(runs[6]), str(MODEL))
-    change = np.array(columns["model-3/margins"]) - columns["margins"]
+    assert (second["model"], second["against"], third["against"]) == (str(runs[6]), str(MODEL), str(runs[2]))
+    change = np.array(columns["margins"]) - columns["model-3/margins"]
     assert third["margin_difference"] == pytest.approx(change.mean())
     assert third["margin_interval"][0] < change.mean() < third["margin_interval"][1]
-    assert third["margin_difference"] > second["margin_difference"] > 0
+    assert second["margin_difference"] > third["margin_difference"] > 0
+    # The second is the reference itself, which ties and stands at 50%.
+    assert report["models"][1]["rewards/accuracies_ties_half"] == 0.5
+    assert second["accuracy_difference"] == pytest.approx(report["rewards/accuracies"] - 0.5)
     shown = dpocli(*line, "--out", out).out
-    assert "Models; differences from the first" in shown
-    assert "ties on" in shown  # the first is the reference itself
+    assert "the first less each" in shown
+    assert "ties on" in shown
 
 
 def test_each_model_is_let_go_before_the_next(
@@ -124,7 +127,7 @@ def test_models_of_other_losses_are_compared_by_accuracy_only(
     line = ("evaluate", "--model", runs[6], "--model", other / "model", "--reference", held_out_cache)
     result = dpocli(*line, "--out", tmp_path / "r")
     assert result.code == 0, result.err
-    assert "compared by accuracy only; the losses differ: simpo" in result.out
+    assert f"{other / 'model'}: compared by accuracy only; the losses differ: dpo" in result.out
     (comparison,) = json.loads((tmp_path / "r" / "metrics.json").read_text())["comparisons"]
     assert comparison["margin_difference"] is None
     assert comparison["accuracy_difference"] is not None
@@ -253,7 +256,7 @@ def test_a_second_reference_is_joined_by_pair(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--model", MODEL), "is given twice"),
+        (("--model", MODEL), "given twice"),
         (("--model", "b", "--adapter", "a"), "--adapter: belongs to one --model, and there are 2"),
         (("--second-reference", "x", "--data", "y"), "--second-reference: there is no first"),
     ],
@@ -296,3 +299,56 @@ def test_two_processes_find_the_same_figures_and_one_gate(
     codes, said = ended(2, *line, "--require", "brier>1", "--out", two)
     assert codes == [ExitCode.GATE] * 2, said
     assert json.loads((two / "status.json").read_text())["exit_code"] == ExitCode.GATE
+
+
+def test_the_same_model_by_another_name_is_given_twice(held_out_cache: Path, tmp_path: Path, dpocli: Run) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(MODEL)
+    line = ("evaluate", "--model", MODEL, "--model", link, "--reference", held_out_cache, "--out", tmp_path / "r")
+    result = dpocli(*line)
+    assert result.code == 2
+    assert f"{MODEL} and {link}: given twice" in result.err
+
+
+def test_a_gate_on_what_only_the_pairs_can_tell_does_not_hold(
+    runs: Mapping[int, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    """A single prompt: the interval of a margin is null."""
+    out = tmp_path / "r"
+    line = ("--data", HELD_OUT, "--limit", 1, "--loss", "simpo", "--out", out, "--require", "reward_margin_low>-100")
+    result = dpocli("evaluate", "--model", runs[6], *line)
+    assert result.code == ExitCode.GATE, result.err
+    assert "it is undefined here" in result.err
+    assert json.loads((out / "metrics.json").read_text())["rewards/margins_interval"] is None
+
+
+def test_a_report_of_before_is_gone_when_the_next_fails(
+    runs: Mapping[int, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "r"
+    line = ("evaluate", "--model", runs[6], "--reference", held_out_cache, "--out", out)
+    assert dpocli(*line).code == 0
+    assert {"metrics.json", "pairs.parquet"} <= {path.name for path in out.iterdir()}
+
+    def broken(*_: Any, **__: Any) -> Any:
+        raise NumericsError("no.")
+
+    monkeypatch.setattr(evaluate, "frozen_scorer", broken)
+    assert dpocli(*line).code == 5
+    assert not {"metrics.json", "pairs.parquet", "report.html"} & {path.name for path in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("accuracy_difference_low>0", "it takes a second --model"),
+        ("by_source/quiz/loss<1", "slices cannot be named"),
+    ],
+)
+def test_why_a_figure_is_not_there(
+    runs: Mapping[int, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, gate: str, words: str
+) -> None:
+    line = ("evaluate", "--model", runs[6], "--reference", held_out_cache, "--out", tmp_path / "r", "--require", gate)
+    result = dpocli(*line)
+    assert result.code == 2
+    assert words in result.err

@@ -53,17 +53,24 @@ def test_the_last_checkpoint_is_the_model(
     assert first["loss"] == second["loss"]
 
 
-def test_the_checkpoints_of_a_run_are_a_curve(
+def test_after_the_first_the_checkpoints_of_a_run_come_in_order_of_step(
     runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:
-    places = [runs["full"] / "checkpoints" / f"step-{step}" for step in (3, 1, 2)]
+    places = [runs["full"] / "checkpoints" / f"step-{step}" for step in (2, 3, 1)]
     line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--json")
     result = dpocli(*line, *(part for place in places for part in ("--model", place)))
     assert result.code == 0, result.err
-    assert [model["step"] for model in result.json["models"]] == [1, 2, 3]
-    assert result.json["model"] == str(places[1])
-    means = [model["rewards/margins"] for model in result.json["models"]]
-    assert 0 < means[0] < means[1] < means[2]
+    models = result.json["models"]
+    assert [model["step"] for model in models] == [2, 1, 3]
+    assert len({model["run"] for model in models}) == 1
+    assert result.json["model"] == str(places[0])
+    second, first, third = (model["rewards/margins"] for model in models)
+    assert 0 < first < second < third
+
+
+def test_runs_of_other_settings_are_told_apart(runs: Mapping[str, Path]) -> None:
+    names = [json.loads((run / "model" / "dpocli.json").read_text())["run"] for run in runs.values()]
+    assert len(set(names)) == len(runs)
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
