@@ -69,10 +69,12 @@ def _where_they_differ(labels: list[str], longest: int) -> dict[str, str]:
 
 def _around(text: str, place: int, longest: int) -> str:
     """The beginning of a text, and what stands around a place further on."""
-    if len(text) <= longest:
-        return text
     head = longest // 3
     width = longest - head - 2
+    if len(text) <= longest:
+        return text
+    if place + width // 4 < longest - 1:
+        return f"{text[: longest - 1]}…"
     start = max(head, min(place - width // 4, len(text) - width))
     stop = start + width
     return f"{text[:head]}{'…' if start > head else ''}{text[start:stop]}{'…' if stop < len(text) else ''}"
