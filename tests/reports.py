@@ -36,7 +36,7 @@ def made_up_report(table: PairTable | None = None, **more: Any) -> dict[str, Any
         model["rewards/accuracies_interval"] = [bound + 0.02 * place for bound in model["rewards/accuracies_interval"]]
     return {
         "format": 2,
-        **{name: value for name, value in models[0].items() if name not in ("name", "step")},
+        **{name: value for name, value in models[0].items() if name not in ("name", "step", "run")},
         "model": "run/model",
         "reference": "ref-heldout",
         "dtype": "bfloat16",
@@ -74,6 +74,7 @@ def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
     return {
         "name": name,
         "step": step,
+        "run": "run",
         "pairs": len(margins),
         "prompts": len(margins) // 2,
         "loss": float(table.column("losses").mean()),
