@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "br", "link", "img", "hr", "input", "use", "path", "rect", "image", "circle"}
+VOID = {"meta", "br", "wbr", "link", "img", "hr", "input", "use", "path", "rect", "image", "circle"}
 
 
 class Page(HTMLParser):

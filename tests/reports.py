@@ -74,7 +74,7 @@ def _figures(table: PairTable, name: str, step: int) -> dict[str, Any]:
     return {
         "name": name,
         "step": step,
-        "run": "a run",
+        "run": "run",
         "loss_choice": LossChoice.of("dpo").model_dump(),
         "pairs": len(margins),
         "prompts": len(margins) // 2,

@@ -10,9 +10,17 @@ from markupsafe import Markup
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from dpocli.artifacts.plot_style import BLUE, GRAY, GRID, RED, SPINE
+from dpocli.artifacts.plot_style import BLUE, GRAY, GREEN, GRID, PURPLE, RED, SPINE
 
-_VARIABLES = {BLUE: "--up", RED: "--down", GRAY: "--quiet", SPINE: "--line", GRID: "--grid"}
+_VARIABLES = {
+    BLUE: "--up",
+    RED: "--down",
+    PURPLE: "--other",
+    GREEN: "--fourth",
+    GRAY: "--quiet",
+    SPINE: "--line",
+    GRID: "--grid",
+}
 """Colour of a plot → the variable of the page that takes its place."""
 
 

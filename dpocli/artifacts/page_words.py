@@ -139,8 +139,8 @@ def _displacement(report: Report) -> list[str]:
     displaced = report.get("displacement")
     if displaced is None or displaced <= 0.5 or undecided(report):
         return []
-    means = report.get("logratios/chosen"), report.get("logratios/rejected")
-    further = None not in means and means[1] < means[0]
+    chosen, rejected = report.get("logratios/chosen"), report.get("logratios/rejected")
+    further = chosen is not None and rejected is not None and rejected < chosen
     return [
         f"Chosen answers have become less likely in {percent(displaced)} of the pairs (likelihood displacement)"
         + ("; rejected ones fell further, which is what the margin sees." if further else ".")

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 BLUE, RED, GRAY = "#0072b2", "#d55e00", "#5f5f5f"  # two colours that the colour-blind tell apart
+PURPLE, GREEN = "#7850aa", "#00805e"  # for lines beside these, where no colour means right or wrong
 SPINE, GRID = "#c8c8c8", "#ececec"
 
 

@@ -3,11 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dpocli.artifacts.visible_text import one_line, told_apart
 from dpocli.config.loss_choice import LossChoice
 from dpocli.progress import format_value
 from dpocli.terminal import Printer
 
 LONGEST_NAME = 28
+LONGEST_LOSS = 80
+"""Its numbers are what tells it from others; a narrow window folds it."""
+LONGEST_PATH = 240
+"""In a sentence, which has no columns."""
 MANY_TIES = 0.5
 """Share of pairs, beyond which accuracies mislead."""
 
@@ -18,7 +23,7 @@ def render(printer: Printer, report: Mapping[str, Any]) -> None:
     """Prints the figures of the first model, the other losses and models, and the slices."""
     loss = LossChoice.model_validate(report["loss_choice"])
     several = f" of {report['prompts']:,} prompts" if report["prompts"] < report["pairs"] else ""
-    printer.say(f"{report['model']}: {report['pairs']:,} pairs{several}, rewards of {loss}")
+    printer.say(f"{_in_words(report['model'])}: {report['pairs']:,} pairs{several}, rewards of {loss}")
     printer.table("", ["", "value", "95% interval", "what it is"], list(_figures(report)))
     if report["by_loss"]:
         _losses(printer, report["by_loss"])
@@ -71,9 +76,10 @@ _OTHER_ACCURACIES = {
 
 def _losses(printer: Printer, by_loss: Mapping[str, Mapping[str, Any]]) -> None:
     columns = ["", "accuracy", "95% interval", "ties", "margin", "median", "chosen", "rejected", "loss"]
+    names = told_apart(by_loss, LONGEST_LOSS)
     rows = [
         [
-            _short(name, 20),
+            names[name],
             entry["rewards/accuracies"],
             _span(entry["rewards/accuracies_interval"]),
             entry["rewards/ties"],
@@ -92,9 +98,10 @@ def _models(printer: Printer, report: Mapping[str, Any]) -> None:
     """The first against each other, on the same pairs."""
     differences: list[Mapping[str, Any]] = [{}, *report["comparisons"]]
     columns = ["model", "step", "accuracy", "95% interval", "difference", "95% interval", "margin diff."]
+    names = told_apart((entry["name"] for entry in report["models"]), LONGEST_NAME - 4)
     rows = [
         [
-            _short(entry["name"], LONGEST_NAME - 4),
+            names[entry["name"]],
             entry["step"],
             entry["rewards/accuracies"],
             _span(entry["rewards/accuracies_interval"]),
@@ -108,24 +115,26 @@ def _models(printer: Printer, report: Mapping[str, Any]) -> None:
     for entry in report["models"]:
         if entry["rewards/ties"] > MANY_TIES:
             printer.say(
-                f"{entry['name']} ties on {entry['rewards/ties']:.0%} of the pairs, as the reference itself does: a tie is not"
+                f"{_in_words(entry['name'])} ties on {entry['rewards/ties']:.0%} of the pairs, as the reference itself does: a tie is not"
                 " right, so its accuracy says nothing."
             )
     for found in report["comparisons"]:
         if why := found.get("why_no_margin"):
-            printer.say(f"{found['against']}: compared by accuracy only; {why}.")
+            printer.say(f"{_in_words(found['against'])}: compared by accuracy only; {why}.")
 
 
 def _slices(printer: Printer, slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    kinds = told_apart(slices, LONGEST_NAME)
+    names = {kind: told_apart((entry["name"] for entry in entries), LONGEST_NAME) for kind, entries in slices.items()}
     rows = [
         [
-            _short(kind, 20) if place == 0 else "",
-            _short(entry["name"], LONGEST_NAME),
+            kinds[kind] if place == 0 else "",
+            names[kind][entry["name"]],
             entry["pairs"],
             entry["accuracy"],
             _span(entry["interval"]),
             entry["margin"],
-            "too small to tell" if entry["too_small"] else "",
+            "too uncertain to tell" if entry["too_small"] else "",
         ]
         for kind, entries in slices.items()
         for place, entry in enumerate(entries)
@@ -138,6 +147,5 @@ def _span(interval: Sequence[float] | None) -> str:
     return f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else ""
 
 
-def _short(name: str, length: int) -> str:
-    """The end of a path tells more than its beginning."""
-    return name if len(name) <= length else "…" + name[1 - length :]
+def _in_words(name: str) -> str:
+    return one_line(name, LONGEST_PATH)

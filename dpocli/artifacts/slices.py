@@ -1,6 +1,7 @@
 """Accuracy of parts of the pairs: by label, by length, by what the reference thinks of them."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,7 +18,8 @@ NUM_PARTS = 4
 MAX_LABELS = 20
 """Slices of a column of labels: the largest ones; the others are one slice together."""
 
-MISSING = "(none)"
+MISSING, EMPTY = "(none)", "(empty)"
+_OURS = re.compile(r"\((none|empty|\d+ others?)\)")
 KEPT = "kept/"
 """How the names of kept columns begin in `pairs.parquet`, since they may be anything."""
 
@@ -52,7 +54,7 @@ def parted(values: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
     items = values.tolist()
     there = np.array([item is not None and item == item for item in items])  # None and NaN are missing
     if not there.any() or {type(item) for item in values[there].tolist()} - {int, float}:
-        return _by_label([_label(item) for item in items])
+        return _by_label(_labels(items))
     codes = np.zeros(len(items), dtype=np.int64)
     names, codes[there] = _by_quantile(np.array(values[there].tolist()))
     codes[~there] = len(names)
@@ -61,7 +63,9 @@ def parted(values: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
 
 def _kinds(columns: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
     chosen, rejected = columns["chosen_tokens"], columns["rejected_tokens"]
-    yield "source", columns["source"]
+    sources = columns["source"].copy()
+    sources[sources == ""] = None  # what the data hold for a pair without one
+    yield "source", sources
     yield "prompt_tokens", columns["prompt_tokens"]
     yield "completion_tokens", np.maximum(chosen, rejected)
     yield "length_difference", chosen - rejected
@@ -124,7 +128,16 @@ def _by_label(labels: list[str]) -> tuple[list[str], NDArray[np.int64]]:
     return names, codes
 
 
-def _label(value: Any) -> str:
-    if value is None or value == "":
-        return MISSING
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+def _labels(values: Sequence[Any]) -> list[str]:
+    """Texts as they are, all else as JSON. A text is quoted where it would look like something else, or like nothing."""
+    texts = {value for value in values if isinstance(value, str)}
+    others = {_spelled(value) for value in values if not isinstance(value, str)}
+    quoted = {text for text in texts if text in others or _OURS.fullmatch(text) or not text.strip()}
+    if quoted:  # these begin with a quote, so that no other text may
+        quoted |= {text for text in texts if text.startswith('"')}
+    known = {text: _spelled(text) if text in quoted else text for text in texts} | {"": EMPTY}
+    return [known[value] if isinstance(value, str) else _spelled(value) for value in values]
+
+
+def _spelled(value: Any) -> str:
+    return MISSING if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)

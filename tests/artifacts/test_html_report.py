@@ -87,7 +87,7 @@ def test_the_figures_say_what_the_numbers_are(page):
     assert "reward accuracy" in text
     assert "95% interval" in text
     assert "bootstrap over prompts, 2,000 resamples" in text
-    assert "too few to tell" in text
+    assert "too uncertain to tell" in text
     assert "beta x summed log-ratio" in text
     assert "Not a KL divergence" in text
     assert "run/checkpoints/step-200" in text
@@ -129,6 +129,15 @@ def test_what_comes_from_data_stays_text(hostile):
     for piece in readable.split("\n"):
         assert shown.count(piece) > 8
     shown.encode()
+
+
+def test_what_is_wide_scrolls_by_itself_and_paths_break_between_their_parts(report_directory):
+    html = (report_directory / "report.html").read_text(encoding="utf-8")
+    assert len(re.findall(r'<div class="wide">\s*<(?:table|svg)', html)) == html.count("<table") + html.count("<svg")
+    assert "<bdi>run/<wbr>checkpoints/<wbr>step-100</bdi>" in html
+    hostile = "a_b/\x00<b>&lt;/x"
+    page = html_report(made_up_report(model=hostile), [], made_up_showcase(), {})
+    assert "<bdi>a_<wbr>b/<wbr>⟨U+0000⟩&lt;b&gt;&amp;lt;/<wbr>x</bdi></h1>" in page
 
 
 def test_names_in_plots_are_no_formulas_and_no_elements(tmp_path):

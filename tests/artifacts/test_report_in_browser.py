@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,35 @@ def test_it_can_be_seen_in_wide_and_in_narrow_windows(report: Path, tmp_path: Pa
     picture = tmp_path / "seen.png"
     visit(report, tmp_path, f"--window-size={width},2400", f"--screenshot={picture}")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+MEASURE = """<script>addEventListener('load', () => {
+    const width = found => document.querySelector(found).getBoundingClientRect().width;
+    const hidden = [...document.querySelectorAll('.wide')].filter(part => part.scrollWidth > part.clientWidth);
+    parent.document.body.dataset.widths = JSON.stringify({
+        window: innerWidth, page: document.documentElement.scrollWidth, plot: width('#plot-checkpoints .plot'),
+        hinted: hidden.every(part => getComputedStyle(part).backgroundImage.includes('gradient')), hidden: hidden.length,
+        heads: [...document.querySelectorAll('#models thead, #figures .wide:not(:has(.figures)) thead')].map(
+            head => head.clientHeight),
+    });
+})</script>"""
+
+
+@pytest.mark.parametrize("width", [1500, 420])
+def test_a_page_is_as_wide_as_its_window_and_what_is_wider_scrolls(tmp_path: Path, width: int) -> None:
+    usual = made_up_report()
+    by_loss = {name: usual["models"][0] | {"loss_choice": usual["loss_choice"]} for name in ("dpo", "ipo")}
+    write_html_report(tmp_path, usual | {"by_loss": by_loss}, made_up_table(), made_up_showcase())
+    page = tmp_path / "report.html"
+    html = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8"))  # which forbids scripts
+    inner = escape(html.replace("</main>", f"</main>{MEASURE}"))
+    # A window is never narrower than 500 pixels, a frame may be.
+    page.write_text(f'<iframe width="{width}" height="2400" style="border: 0" srcdoc="{inner}"></iframe>', "utf-8")
+    dom = visit(page, tmp_path, "--window-size=1600,2400").dom
+    found = json.loads(unescape(re.search(r'data-widths="([^"]*)"', dom)[1]))  # type: ignore[index]
+    assert found["page"] <= found["window"] == width
+    assert found["plot"] >= 600
+    assert (found["hidden"] > 0) == (width == 420)
+    assert found["hinted"]
+    assert len(found["heads"]) == 2
+    assert all(found["heads"])

@@ -26,7 +26,12 @@ def objects(values: list[Any]) -> np.ndarray:
         (np.array([0.5, 0.25, 0.125, 0.75]) * 1e-3, ["0.000125", "0.00025", "0.0005", "0.00075"], [1] * 4),
         (1 + np.arange(5) * 1e-6, ["1 to 1.000001", "1.000002", "1.000003", "1.000004"], [2, 1, 1, 1]),
         (np.full(3, 2), ["2"], [3]),
-        (objects(["b", "a", "", None, "b"]), ["(none)", "a", "b"], [2, 1, 2]),
+        (objects(["b", "a", "", None, "b"]), ["(empty)", "(none)", "a", "b"], [1, 1, 1, 2]),
+        (objects([1, "1", "2", '"1"', 1]), ['"1"', '"\\"1\\""', "1", "2"], [1, 1, 2, 1]),
+        (objects(["1", '"1"', "true"]), ['"1"', "1", "true"], [1, 1, 1]),
+        (objects([True, "true", 1]), ['"true"', "1", "true"], [1, 1, 1]),
+        (objects([None, "", "(none)", "(empty)"]), ['"(empty)"', '"(none)"', "(empty)", "(none)"], [1, 1, 1, 1]),
+        (objects([" ", "a", "(3 others)"]), ['" "', '"(3 others)"', "a"], [1, 1, 1]),
         (objects([True, False, True]), ["false", "true"], [1, 2]),
         (objects([3, 1.5, 3]), ["1.5", "3"], [1, 2]),
         (objects([["x"], {"b": 1}, ["x"]]), ['["x"]', '{"b": 1}'], [2, 1]),
@@ -95,3 +100,9 @@ def test_a_kept_column_may_be_called_like_one_of_ours() -> None:
         "source": ["a", "b"],
         "kept/source": ["x", "y"],
     }
+
+
+def test_pairs_without_a_source_are_said_to_have_none() -> None:
+    labels = {"source": objects(["wiki", "", ""])}
+    found = report_of([evaluated(with_margins([1.0, 2.0, 3.0], **labels))])["slices"]
+    assert [(entry["name"], entry["pairs"]) for entry in found["source"]] == [("(none)", 2), ("wiki", 1)]
