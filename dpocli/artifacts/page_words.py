@@ -13,7 +13,7 @@ _TIES_HALF_INTERVAL = "rewards/accuracies_ties_half_interval"
 FEW_PROMPTS = 100
 """Below which an interval is too wide, and too rough itself, to carry a decision."""
 MOST_COMPARISONS = 3
-"""That the headline tells, the last ones; the table has all."""
+"""That the headline tells, the first ones; the table has all."""
 NOT_TOLD_APART = "not told apart"
 MOST = 0.5
 """Share of pairs beyond which ties, or margins within rounding, leave nothing to conclude."""
@@ -119,7 +119,7 @@ def _against_length(report: Report, verdict: str) -> list[str]:
 
 def _against_each_other(report: Report) -> list[str]:
     told = []
-    for entry in (report.get("comparisons") or [])[-MOST_COMPARISONS:]:
+    for entry in (report.get("comparisons") or [])[:MOST_COMPARISONS]:
         bounds, difference = entry.get("accuracy_interval"), entry.get("accuracy_difference")
         if difference is None:
             continue

@@ -220,7 +220,7 @@ def test_the_table_fits_a_hundred_columns() -> None:
     tables = [line for line in stream.getvalue().splitlines() if "  " in line]
     assert len(tables) > 30
     assert max(map(len, tables)) <= 100, max(tables, key=len)
-    assert "step-1/" in stream.getvalue()
+    assert "-1/model" in stream.getvalue()
 
 
 def test_metrics_json_is_json_and_the_columns_have_types(tmp_path: Path) -> None:
