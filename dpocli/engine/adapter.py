@@ -1,6 +1,5 @@
 """LoRA adapters through peft: put on a base model, told apart from what is not one, written and merged."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -118,7 +117,6 @@ def quietly() -> Iterator[None]:
 
 def import_peft(asked: str) -> Any:
     """The peft library, or a UsageError that says how to get it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it tells which kernels it has not
     try:
         import peft
     except ImportError:
