@@ -23,7 +23,7 @@ from dpocli.config.shared_options import Options
 from dpocli.engine.stop import EarlyStop
 from dpocli.errors import ExitCode, UsageError
 from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of
-from dpocli.terminal import Terminal, rank_from_environment, silence
+from dpocli.terminal import Terminal, lone_process_warning, rank_from_environment, silence
 
 OptionsModel = TypeVar("OptionsModel", bound=Options)
 
@@ -51,10 +51,10 @@ def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Ter
     def declare(function: Callable[[OptionsModel, Terminal], None]) -> None:
         def command(**flags: Any) -> Callable[[], None]:
             options = load_options(model, flags)
-            return lambda: function(
-                options,
-                Terminal(json=options.as_json, rank=rank_from_environment(getattr(options, "launcher", "torchrun"))),
-            )
+            terminal = Terminal(json=options.as_json, rank=rank_from_environment(options.launcher))
+            if warning := lone_process_warning():
+                terminal.warn(warning)
+            return lambda: function(options, terminal)
 
         command.__signature__ = signature_of(model)  # type: ignore[attr-defined]
         app.command(function.__name__, help=inspect.getdoc(model))(command)

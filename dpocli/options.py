@@ -22,6 +22,7 @@ from dpocli import __version__
 from dpocli.config.foreign import foreign_option
 from dpocli.config.loss_choice import text_of_terms
 from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
+from dpocli.config.precedence import replaced
 from dpocli.config.shared_options import Options, Panel
 from dpocli.errors import UsageError
 
@@ -155,7 +156,7 @@ def _parameter(
 
 
 def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) -> OptionsModel:
-    """The options of a command: defaults < `--config` < flags.
+    """The options of a command: defaults < `--config` < flags, which also replace what says the same thing otherwise.
 
     Args:
         model: which command's.
@@ -170,15 +171,19 @@ def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) ->
         if (value := flags.get(option.field)) not in (None, [])
     }
     if (config := flags.get("config")) is not None:
-        entries = _read_yaml(_config_file(str(config)), model) | entries
+        file = _read_yaml(_config_file(str(config)), model)
+        gone = replaced(_texts(entries), _texts(file))
+        entries = {name: entry for name, entry in file.items() if name not in gone} | entries
     for entry in entries.values():
         if entry.value == "" or (isinstance(entry.value, list) and "" in entry.value):
             raise UsageError(f"{entry.place}: the value is empty (a shell variable that is not set?).")
     try:
-        return model.model_validate({entry.option.key: entry.value for entry in entries.values()})
+        options = model.model_validate({entry.option.key: entry.value for entry in entries.values()})
     except ValidationError as error:
         told = [_describe(detail, model, entries) for detail in error.errors()]
         raise UsageError("\n".join(dict.fromkeys(told))) from error
+    _check_loss(options, entries)
+    return options
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +194,24 @@ class _Entry:
     value: Text
     place: str
     """How an error about it begins: the flag, or file, line and key."""
+
+
+def _texts(entries: Mapping[str, _Entry]) -> dict[str, Text]:
+    return {name: entry.value for name, entry in entries.items()}
+
+
+def _check_loss(options: Options, entries: Mapping[str, _Entry]) -> None:
+    """Raises UsageError where a loss is named that is none, or has not these numbers; what a file gives, by its place."""
+    if not isinstance(options, TrainOptions | EvaluateOptions) or not options.loss:
+        return
+    try:
+        options.loss_choices()
+    except UsageError as error:
+        for entry in entries.values():
+            flag, message = entry.option.flag, str(error)
+            if message.startswith((f"{flag}:", f"{flag} ")):
+                raise UsageError(entry.place + message.removeprefix(flag)) from error
+        raise
 
 
 def _describe(detail: ErrorDetails, model: type[Options], entries: Mapping[str, _Entry]) -> str:

@@ -29,6 +29,20 @@ def rank_from_environment(launcher: str = "torchrun") -> int:
     return int(value) if value.isdigit() else 0
 
 
+def lone_process_warning() -> str | None:
+    """What to say where `accelerate launch` was to start several processes and started one."""
+    given = os.environ
+    # Its plain launcher alone sets the first, and the others only for several processes or where they stood there before.
+    if not all(given.get(name) for name in ("ACCELERATE_USE_CPU", "MASTER_ADDR", "MASTER_PORT")) or given.get(
+        "WORLD_SIZE"
+    ):
+        return None
+    return (
+        "accelerate launch has started this as one process of no group. If several were meant, start with accelerate launch "
+        "--multi_gpu (on CPUs too, without --cpu), or with torchrun."
+    )
+
+
 class Printer:
     """Writes paragraphs and tables to one stream: coloured on a terminal, plain elsewhere."""
 

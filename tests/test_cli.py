@@ -364,3 +364,19 @@ def test_exit_codes_reach_the_shell():
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: --lr: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_one_process_where_accelerate_was_to_start_several(commands, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    line = [*TRAIN, "--reference", "r"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # --cpu --num_processes 1
+    assert run_command_line(line) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # --cpu --num_processes 2
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert run_command_line(line) == 0
+    assert "warning: accelerate launch has started this as one process" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_command_line(line) == 0
+    assert capsys.readouterr().err == ""

@@ -109,9 +109,11 @@ def assert_torchrun_knows(arguments: list[str]) -> None:
 
 
 def test_every_flag_that_is_mentioned_exists():
-    text = re.sub(r"^```(?:bash\n|sh\ntorchrun).*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", text))
-    launchers = {"--shutdown-timeout", "--signal"}
+    text = re.sub(
+        r"^```(?:bash\n|sh\n(?:torchrun|accelerate launch)).*?^```$", "", README, flags=re.MULTILINE | re.DOTALL
+    )
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]*", text))
+    launchers = {"--shutdown-timeout", "--signals-to-handle", "--signal", "--multi_gpu", "--num_processes", "--cpu"}
     assert mentioned - launchers <= {"--config", "--help"} | {
         flag for option in OPTIONS.values() for flag in option.flags
     }

@@ -20,7 +20,12 @@ from dpocli.config.shared_options import (
     Several,
     option,
 )
-from dpocli.config.training_options import AdapterOptions, OptimizerOptions, StoppingOptions
+from dpocli.config.training_options import (
+    NEW_ADAPTER_SETTINGS,
+    AdapterOptions,
+    OptimizerOptions,
+    StoppingOptions,
+)
 from dpocli.errors import UsageError
 
 
@@ -146,7 +151,7 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOption
             raise ValueError(f"track: {', '.join(sorted(unknown))} is not known; tensorboard and wandb are")
         if self.dtype == "float16":
             raise ValueError("dtype: gradients vanish in the narrow range of float16; train in bfloat16 or float32")
-        for name in ("lora_alpha", "lora_targets", "lora_dropout", "lora_variant"):
+        for name in NEW_ADAPTER_SETTINGS:
             if self.lora_rank is None and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name}: describes a new adapter, and there is none; give --lora-rank too")
         if self.lora_rank and self.adapter:

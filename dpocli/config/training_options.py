@@ -6,6 +6,10 @@ from pydantic import BaseModel, model_validator
 
 from dpocli.config.shared_options import CommaList, Panel, option
 
+ADAMW_SETTINGS = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+NEW_ADAPTER_SETTINGS = ("lora_alpha", "lora_targets", "lora_dropout", "lora_variant")
+"""They describe an adapter that `--lora-rank` asks for."""
+
 
 class OptimizerOptions(BaseModel):
     """How the policy moves, and how far."""
@@ -45,7 +49,7 @@ class OptimizerOptions(BaseModel):
     @model_validator(mode="after")
     def _nothing_idle(self) -> Self:
         fields = type(self).model_fields
-        for name in ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"):
+        for name in ADAMW_SETTINGS:
             if self.optimizer == "rmsprop" and getattr(self, name) != fields[name].default:
                 raise ValueError(f"{name}: a setting of AdamW, and --optimizer is rmsprop; leave it out")
         if self.warmup_steps is not None and self.warmup_ratio != fields["warmup_ratio"].default:

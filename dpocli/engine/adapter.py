@@ -1,6 +1,5 @@
 """LoRA adapters through peft: put on a base model, told apart from what is not one, written and merged."""
 
-import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from transformers import PreTrainedModel
 
 from dpocli.artifacts.model_files import ADAPTER_WEIGHTS
 from dpocli.config.models import TrainOptions
+from dpocli.engine.lora_targets import ALL_LINEAR, check_names, unfit
+from dpocli.engine.ties import can_be_merged
 from dpocli.errors import UsageError, in_words
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def new(model: PreTrainedModel, options: TrainOptions) -> "PeftModel":
         options: rank, alpha, targets, dropout, variant; `seed` draws the first matrices.
 
     Raises:
-        UsageError: no layer has the name of a target, or peft is not installed.
+        UsageError: a target is the name of no layer, or of one that cannot carry an adapter; the model could not hold the
+            merged weights that are asked for; or peft is not installed.
     """
     peft = import_peft("--lora-rank")
     assert options.lora_rank
@@ -92,19 +94,27 @@ def new(model: PreTrainedModel, options: TrainOptions) -> "PeftModel":
     config = peft.LoraConfig(
         r=options.lora_rank,
         lora_alpha=options.lora_alpha or 2 * options.lora_rank,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         lora_dropout=options.lora_dropout,
         use_rslora=options.lora_variant == "rslora",
         use_dora=options.lora_variant == "dora",
         bias="none",
         task_type="CAUSAL_LM",
     )
+    check_names(model, targets)
+    problem = unfit(model, targets)
     torch.manual_seed(options.seed)
     try:
         with quietly():
             wrapped: PeftModel = peft.PeftModel(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
-        raise UsageError(f"--lora-targets {','.join(targets)}: {in_words(error)}.") from error
+        what = problem or f"{in_words(error)}."
+        raise UsageError(f"--lora-targets {','.join(targets)}: {what}") from error
+    if options.merge and not can_be_merged(model):
+        raise UsageError(
+            f"--merge: {','.join(targets)} names an embedding, and in this architecture input and output embeddings are always one "
+            "weight, which cannot hold what the adapter changes on one side. Leave out --merge, or that target."
+        )
     return wrapped
 
 
@@ -118,7 +128,6 @@ def quietly() -> Iterator[None]:
 
 def import_peft(asked: str) -> Any:
     """The peft library, or a UsageError that says how to get it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft loads it, and it tells which kernels it has not
     try:
         import peft
     except ImportError:

@@ -1,6 +1,5 @@
 """AdamW with moments of 8 bits: bitsandbytes' kernel, on parameters that torch shards and checkpoints that hold tensors."""
 
-import logging
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -114,7 +113,6 @@ def _check(parameters: Sequence[nn.Parameter]) -> None:
         raise UsageError(
             "--optimizer adamw-8bit: it needs bitsandbytes. Install it: pip install 'dpocli[quantization]'."
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which kernels of other parts it has not
     import_module("bitsandbytes")  # which declares the kernel
     device = parameters[0].device.type
     if not torch._C._dispatch_has_kernel_for_dispatch_key(_KERNEL, device.upper()):

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpocli.artifacts.hashing import json_object, meaningful_config
 from dpocli.artifacts.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
+from dpocli.config.models import TrainOptions
 from dpocli.config.shared_options import ModelOptions
 from dpocli.engine.checkpoint import STATE_NAME
 from dpocli.errors import UsageError, in_words
@@ -13,6 +14,10 @@ from dpocli.errors import UsageError, in_words
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "tokenization_*.py")
 """One of them stands beside every model. Without any, transformers makes an empty tokenizer for some architectures."""
+_NOT_SHARDED = ("ensure_weight_tying",)
+"""Settings of peft: torch's `fully_shard` refuses the transposed weights that it makes."""
+_NOT_TRAINED = ("trainable_token_indices", *_NOT_SHARDED)
+"""All training goes through `fully_shard`, whose weights peft cannot copy the rows of single tokens into."""
 
 
 def locate_model(options: ModelOptions, *, checkpoints: bool = False) -> ModelFiles:
@@ -42,9 +47,9 @@ def locate_model(options: ModelOptions, *, checkpoints: bool = False) -> ModelFi
         checkpoint = directory
         directory, adapter = _trained_from(checkpoint, options)
     elif adapter:
-        _check_adapter(adapter, f"--adapter {adapter}")
+        _check_adapter(adapter, f"--adapter {adapter}", options)
     elif (directory / ADAPTER_CONFIG).is_file():
-        adapter, directory = directory, _base_of(directory)
+        adapter, directory = directory, _base_of(directory, options)
     _check_model(directory, f"--model {options.model}")
     return ModelFiles(directory, adapter, options.quantization, options.trust_remote_code, checkpoint)
 
@@ -73,11 +78,11 @@ def _trained_from(checkpoint: Path, options: ModelOptions) -> tuple[Path, Path |
     return Path(str(base)), Path(str(adapter)) if adapter else None
 
 
-def _base_of(adapter: Path) -> Path:
+def _base_of(adapter: Path, options: ModelOptions) -> Path:
     """The model that an adapter was made for, as the adapter remembers it."""
     config = adapter_config(adapter)
     asked = f"--model {adapter}: this is an adapter"
-    _check_adapter(adapter, asked)
+    _check_adapter(adapter, asked, options)
     if not (base := config.get("base_model_name_or_path")):
         raise UsageError(f"{asked} that does not say of which model. Give --model BASE --adapter {adapter}.")
     try:
@@ -86,15 +91,23 @@ def _base_of(adapter: Path) -> Path:
         raise UsageError(f"{error} Or give --model BASE --adapter {adapter}.") from None
 
 
-def _check_adapter(directory: Path, asked: str) -> None:
+def _check_adapter(directory: Path, asked: str, options: ModelOptions) -> None:
     if not (directory / ADAPTER_CONFIG).is_file():
         raise UsageError(
             f"{asked}: there is no {ADAPTER_CONFIG} in it. Give the directory of an adapter that peft saved."
         )
-    if (kind := adapter_config(directory).get("peft_type")) != "LORA":
+    config = adapter_config(directory)
+    if (kind := config.get("peft_type")) != "LORA":
         raise UsageError(f"{asked}: it is of the type {kind}; LoRA adapters (DoRA and rsLoRA among them) can be used.")
-    if adapter_config(directory).get("alora_invocation_tokens"):
+    if config.get("alora_invocation_tokens"):
         raise UsageError(f"{asked}: it acts only after certain tokens (aLoRA), which is not supported.")
+    refused = _NOT_TRAINED if isinstance(options, TrainOptions) else _NOT_SHARDED if options.shards > 1 else ()
+    if made_with := [name for name in refused if config.get(name)]:
+        does = "train on such an adapter" if isinstance(options, TrainOptions) else "spread it over --shards"
+        raise UsageError(
+            f"{asked}: it was made with {made_with[0]}, and dpocli cannot {does}. precompute and evaluate take it, unsharded. Or merge "
+            "it into its model (peft's merge_and_unload), and give that as --model."
+        )
     if not (directory / ADAPTER_WEIGHTS).is_file():
         raise UsageError(f"{asked}: there is no {ADAPTER_WEIGHTS} in it. Save the adapter again, as safetensors.")
 

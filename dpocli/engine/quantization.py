@@ -1,6 +1,5 @@
 """Linear layers in few bits, through bitsandbytes: for references and bases that would not fit otherwise."""
 
-import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -26,7 +25,6 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
         raise UsageError(
             f"--quantization {quantization}: it needs bitsandbytes. Install it: pip install 'dpocli[quantization]'."
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of its own casts at every layer
     if quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(

@@ -15,8 +15,9 @@ from dpocli.artifacts.files import sync_directory, sync_file
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.shared_options import ModelOptions
-from dpocli.engine.adapter import put_on, quietly
-from dpocli.engine.model import load_base, source_dtype
+from dpocli.engine.adapter import quietly
+from dpocli.engine.merging import check_saved, merged_model
+from dpocli.engine.model import source_dtype
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -138,15 +139,20 @@ def merge(
         options: how models are loaded.
         tokenizer: saved beside.
         provenance: of the adapter.
+
+    Raises:
+        NumericsError: the merged model is not what the base with the adapter is; it is not there then.
     """
     whole = ModelFiles(files.directory, runs_code=files.runs_code)
-    model = load_base(whole, options, torch.float32, torch.device("cpu"))
-    with quietly():
-        merged = put_on(model, adapter_directory).merge_and_unload()
-    merged.config.dtype = source_dtype(whole, options)
-    tensors = {name: tensor.to(merged.config.dtype) for name, tensor in merged.state_dict().items()}
+    merged = merged_model(whole, adapter_directory, options)
+    dtype = merged.config.dtype = source_dtype(whole, options)
+    saved = merged.state_dict().keys()
+    weights = {name: weight.detach().to(dtype) for name, weight in merged.named_parameters()}
+    buffers = {name: buffer for name, buffer in merged.named_buffers() if name in saved}
     with _replacing(directory) as temporary:
-        merged.save_pretrained(temporary, state_dict=tensors)
+        merged.save_pretrained(temporary, state_dict=weights | buffers)
+        del merged  # two of them need not fit
+        check_saved(temporary, weights, adapter_directory, options)
         tokenizer.save_pretrained(temporary)
         provenance.write(temporary)
 
@@ -156,7 +162,11 @@ def _replacing(directory: Path) -> Iterator[Path]:
     """A temporary directory that takes the place of `directory` at the end, synced."""
     temporary = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     for path in temporary.iterdir():
         sync_file(path)
     # Only the same run can have left one there: it was killed between its last two files.

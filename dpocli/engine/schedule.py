@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from transformers import get_scheduler
 
 from dpocli.config.models import TrainOptions
 from dpocli.errors import DataError, UsageError
@@ -62,17 +60,28 @@ def default_batch_size(num_pairs: int) -> int:
 
 
 def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], float]:
-    """Learning rate of step 1, 2, …, from transformers' schedules.
+    """Learning rate of step 1, 2, …, as transformers' schedules have it (whose module loads peft and bitsandbytes).
 
     Those are 0 at their first and last point; the steps are laid between the two, so that no batch is wasted.
     """
-    throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     warmup = warmup_steps(options, num_steps)
-    name = "constant_with_warmup" if options.lr_schedule == "constant" else options.lr_schedule
-    factor = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
     assert options.learning_rate
     peak = options.learning_rate
-    return lambda step: peak * float(factor.lr_lambdas[0](step))
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * (step / warmup)
+        left = (num_steps + 1 - step) / max(1, num_steps + 1 - warmup)
+        match options.lr_schedule:
+            case "constant":
+                return peak
+            case "linear":
+                return peak * max(0.0, left)
+            case "cosine":
+                done = (step - warmup) / max(1, num_steps + 1 - warmup)
+                return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * done)))
+
+    return rate
 
 
 def warmup_steps(options: TrainOptions, num_steps: int) -> int:

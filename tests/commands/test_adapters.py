@@ -6,10 +6,11 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,10 @@ from dpocli.engine.adapter import quietly
 from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet
 
+THERE_ARE = (
+    "There are embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or all-linear."
+)
+CARRIERS = "only linear layers and embeddings can carry an adapter."
 LORA = ("--lora-rank", 2, "--learning-rate", "1e-2", "--batch-size", 8, "--max-steps", 4)
 
 
@@ -237,6 +242,39 @@ def test_an_adapter_that_cannot_be_used(
     assert re.search(words, refused.err, re.DOTALL)
 
 
+def load_model() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("setting", [{"trainable_token_indices": [1, 2, 3]}, {"ensure_weight_tying": True}])
+def test_an_adapter_that_can_be_scored_with_but_not_sharded(
+    dpocli: Run, base_cache: Path, tmp_path: Path, setting: dict[str, Any]
+) -> None:
+    """Training shards even what lies on one process."""
+    torch.manual_seed(0)
+    targets = ["q_proj", "embed_tokens"] if "ensure_weight_tying" in setting else ["q_proj"]
+    config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False, **setting)
+    line = ("--model", MODEL, "--adapter", tmp_path / "adapter", "--out")
+    with quietly():
+        model = get_peft_model(load_model(), config)
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.data += 0.05 * torch.randn_like(weight)
+        model.save_pretrained(tmp_path / "adapter")
+        theirs = PeftModel.from_pretrained(load_model(), tmp_path / "adapter").eval()
+    pair = pairs_in(precompute(tmp_path / "ref", *line[:-1]))[0]
+    ids = torch.tensor([[*pair.prompt_ids, *pair.chosen_ids]])
+    logps = theirs(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[-len(pair.chosen_ids) :, 0]
+    assert pair.reference is not None
+    assert pair.reference.chosen == pytest.approx(logps.tolist(), abs=1e-4)
+    train = dpocli("train", *line, tmp_path / "run", "--reference", base_cache)
+    sharded = dpocli("precompute", *line, tmp_path / "sharded", "--data", TRAIN, "--shards", 2)
+    for refused, what in (train, "train on such"), (sharded, "spread it over"):
+        if refused is train or "ensure_weight_tying" in setting:
+            assert refused.code == 2
+            assert f"made with {next(iter(setting))}, and dpocli cannot {what}" in refused.err
+
+
 def test_an_adapter_beside_weights_of_a_model(dpocli: Run, run: Path, adapted_cache: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(run / "model", tmp_path / "adapter")
     shutil.copy(MODEL / "model.safetensors", adapter)
@@ -274,7 +312,18 @@ def test_an_adapter_that_lies_within_its_base(dpocli: Run, run: Path, tmp_path: 
     ("options", "words"),
     [
         (("--lora-alpha", 4), "--lora-rank"),
-        (("--lora-rank", 2, "--lora-targets", "nowhere"), "--lora-targets nowhere"),
+        (("--lora-rank", 2, "--lora-targets", "nope,q_proj"), f"no layer named nope. {THERE_ARE}"),
+        (("--lora-rank", 2, "--lora-targets", "q_porj"), f"no layer named q_porj; did you mean q_proj? {THERE_ARE}"),
+        (
+            ("--lora-rank", 2, "--lora-targets", ".*q_proj"),
+            f"no layer named .*q_proj; did you mean q_proj? {THERE_ARE}",
+        ),
+        (("--lora-rank", 2, "--lora-targets", "all-linear,lm_head"), f"all-linear stands alone. {THERE_ARE}"),
+        (
+            ("--lora-rank", 2, "--lora-targets", "q_proj,mlp"),
+            f"model.layers.0.mlp is a LlamaMLP, and {CARRIERS} {THERE_ARE}",
+        ),
+        (("--lora-rank", 2, "--lora-targets", "norm"), f"model.norm is a LlamaRMSNorm, and {CARRIERS} {THERE_ARE}"),
         (("--merge",), "there is no adapter to merge"),
         (("--quantization", "nf4"), "quantized weights cannot be trained"),
     ],

@@ -364,6 +364,9 @@ CHATTER = (
     "HF_",
     "WARN",
     "INFO",
+    "Failed to",
+    "pip install",
+    "kernels",
 )
 
 
@@ -375,9 +378,14 @@ def test_json_is_all_of_stdout_and_stderr_is_ours_alone(world: World, tmp_path: 
         "evaluate --model {out}/run/model --reference {out}/ref --out {out}/report --json",
         "train --model {model} --reference {out}/ref --out {out}/run --max-steps 1 --eval-fraction 0.5 --json",
     ]
-    script = (
-        "import sys, json, dpocli.cli as c; sys.exit(any([c.run_command_line(l) for l in json.loads(sys.argv[1])]))"
-    )
+    script = """
+import sys, json, dpocli.cli
+codes = [dpocli.cli.run_command_line(line) for line in json.loads(sys.argv[1])]
+assert not {"peft", "bitsandbytes"} & set(sys.modules), "they take seconds, and are of no use without an adapter"
+import dpocli.engine.adapter
+dpocli.engine.adapter.import_peft("--adapter")
+sys.exit(any(codes))
+"""
     arguments = json.dumps([world.arguments(line, out=tmp_path) for line in lines])
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

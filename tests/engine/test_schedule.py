@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
+from transformers import get_scheduler
 
 from dpocli.config.models import TrainOptions
 from dpocli.engine.schedule import Schedule, default_batch_size, learning_rates
@@ -63,6 +65,18 @@ def test_no_batch_is_wasted_on_a_learning_rate_of_zero() -> None:
     assert all(a > b > 0 for a, b in itertools.pairwise(rates[1:]))
     constant = learning_rates(options(learning_rate=0.5, warmup_ratio=0, lr_schedule="constant"), 4)
     assert {constant(step) for step in range(1, 5)} == {0.5}
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_rates_are_those_of_transformers(schedule: str) -> None:
+    """To the last bit, at every step, where the warm-up ends before the run and where it does not."""
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
+    for warmup, num_steps in itertools.product((0, 1, 3, 10, 11, 30), (1, 10)):
+        theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=num_steps + 1)
+        rate = learning_rates(options(learning_rate=5e-7, warmup_steps=warmup, lr_schedule=schedule), num_steps)
+        expected = [5e-7 * float(theirs.lr_lambdas[0](step)) for step in range(1, num_steps + 1)]
+        assert [rate(step) for step in range(1, num_steps + 1)] == expected
 
 
 def test_warm_up_may_be_counted_in_steps() -> None:
