@@ -110,13 +110,13 @@ def test_a_file_that_names_no_checkpoint_keeps_none(text: str, tmp_path: Path) -
 def test_the_best_is_not_counted_and_not_removed(tmp_path: Path) -> None:
     directory = checkpoints(tmp_path, 10, 20, 30, 40, 50)
     write_json(directory / "best.json", {"step": 20})
-    remove_old(directory, 2)
+    remove_old(directory, 2, 50)
     assert steps_of(directory) == [20, 40, 50]
     write_json(directory / "best.json", {"step": 50})
-    remove_old(directory, 2)
+    remove_old(directory, 2, 50)
     assert steps_of(directory) == [20, 40, 50]
     (directory / "best.json").unlink()
-    remove_old(directory, 2)
+    remove_old(directory, 2, 50)
     assert steps_of(directory) == [40, 50]
 
 
