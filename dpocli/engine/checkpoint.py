@@ -146,6 +146,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
         UsageError: a file of the checkpoint is damaged, or it is that of another model.
     """
     try:
+        _check_files(path, State.read(path))
+    except DamagedCheckpointError as error:
+        raise UsageError(f"{error.why} Give another checkpoint.") from error
+    try:
         reader = HuggingFaceStorageReader(str(path))
         parameters = {f"{_MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
         stored = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(_MODEL)]
