@@ -37,7 +37,7 @@ class DamagedCheckpointError(UsageError):
 class _Part(BaseModel):
     """Of types as written: a number in a string is none. What later versions add is passed over."""
 
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(frozen=True, strict=True, ser_json_inf_nan="constants")
 
 
 class Content(_Part):
