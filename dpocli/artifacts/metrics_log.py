@@ -19,6 +19,8 @@ class MetricsLog:
         self.path = path
         self._enabled = enabled
         self._stream: TextIO | None = None
+        self.num_rows = 0
+        """Of the file, as this log has left it; 0 where it is not `enabled`."""
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row; NaN and infinity become null, since JSON has neither."""
@@ -29,6 +31,7 @@ class MetricsLog:
             self._stream = self.path.open("a", encoding="utf-8")
         self._stream.write(json.dumps(without_nan(row)) + "\n")
         self._stream.flush()
+        self.num_rows += 1
 
     def sync(self) -> None:
         """Makes the rows so far survive a power cut."""
@@ -37,13 +40,15 @@ class MetricsLog:
 
     def truncate_after(self, step: int) -> None:
         """Drop the rows of later steps, which a resumed run does again, and a last line that was cut off."""
+        self.num_rows = 0
         if not self._enabled or not self.path.exists():
             return
         self.close()
         text = self.path.read_text(encoding="utf-8", errors="replace")
-        kept = "".join(json.dumps(row) + "\n" for row in _rows(text) if row.get("step", 0) <= step)
-        if kept != text:
-            write_atomically(self.path, kept)
+        kept = [json.dumps(row) + "\n" for row in _rows(text) if row.get("step", 0) <= step]
+        if "".join(kept) != text:
+            write_atomically(self.path, "".join(kept))
+        self.num_rows = len(kept)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows so far; a line that is half written is left out."""

@@ -99,6 +99,12 @@ class ModelIdentity:
             return digest_json(self.weights)
         return digest_json([self.weights, self.adapter, self.quantization])
 
+    def settings_digest(self, files: ModelFiles) -> str:
+        """Names what else decides how the model of these files computes and is trained, beside the tensors."""
+        # The dropout of an adapter changes no value that it computes, but every step that trains it.
+        dropout = adapter_config(files.adapter).get("lora_dropout") if files.adapter else None
+        return digest_json([self.config, self.code, dropout])
+
 
 def adapter_config(directory: Path) -> dict[str, Any]:
     """`adapter_config.json` as it stands.

@@ -138,12 +138,14 @@ class RunDirectory:
                 return Outcome(**failure)
         return outcome
 
-    def update(self, step: int | None = None, message: str | None = None) -> None:
-        """Say how far the command is; it stands in `status.json` with the next heartbeat."""
+    def update(self, step: int | None = None, message: str | None = None, *, at_once: bool = False) -> None:
+        """Say how far the command is; it stands in `status.json` with the next heartbeat, or `at_once`."""
         if step is not None:
             self._status = replace(self._status, step=step)
         if message is not None:
             self._status = replace(self._status, message=message)
+        if at_once and self._is_writer:
+            self._write_status()
 
     def stop_requested(self) -> bool:
         """Whether somebody made (or touched) the file `OUT/stop` since this run began.

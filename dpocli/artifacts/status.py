@@ -247,4 +247,4 @@ def record_failure(directory: Path, outcome: Outcome, command: str, shard: str =
     if before is None or before.command != command or is_alive(before) or before.is_of_this_process:
         return
     with suppress(OSError, DpoError):
-        file.write(replace(new_status(command), **asdict(outcome)))
+        file.write(replace(new_status(command), step=before.step, **asdict(outcome)))

@@ -51,21 +51,28 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
 
 
 def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model: ModelFiles) -> None:
-    """Raises UsageError where a finished run was made with other pairs or other weights than stand there now.
+    """Raises UsageError where a finished run was made with other pairs or another model than stand there now.
 
     What is gone since is not asked for: a cache may be deleted when all is done.
     """
     found = []
     memory = HashMemory(None if options.dry_run else options.out / HASH_MEMORY_NAME)
-    weights = model.identity(memory).weights_digest
-    if weights != summary.get("policy_weights"):
+    identity = model.identity(memory)
+    if identity.weights_digest != summary.get("policy_weights"):
         found.append(f"the weights of --model {options.model}")
+    settings = identity.settings_digest(model)
+    if summary.get("policy_settings", settings) != settings:  # an earlier version wrote no such thing
+        found.append(f"the configuration of --model {options.model}")
     if options.reference and options.reference.is_dir():
         same_pairs = summary.get("pairs_digest") == PairStore.open(options.reference).fingerprint.digest
     else:
         same_pairs = summary.get("inputs") == inputs_of(options)
     if not same_pairs:
         found.append(f"the pairs of {', '.join(inputs_of(options))}")
+    held_out = options.eval_reference
+    remembered = summary.get("held_out_digest")  # an earlier version wrote no such thing
+    if held_out and remembered and held_out.is_dir() and remembered != PairStore.open(held_out).fingerprint.digest:
+        found.append(f"the held-out pairs of {held_out}")
     if found:
         raise UsageError(
             f"--out {options.out}: it holds a finished run, and {' and '.join(found)} are others than it was made with. Give "

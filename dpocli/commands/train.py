@@ -22,6 +22,8 @@ from dpocli.commands.run_summary import facts, no_better_warning, render, trunca
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import step0
+from dpocli.engine.checkpoint import latest
+from dpocli.engine.checkpoint_state import Content
 from dpocli.engine.course import agreed_best_step
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.locate import load_tokenizer, locate_model
@@ -36,6 +38,7 @@ from dpocli.engine.plan import Plan
 from dpocli.engine.policy import Policy, load_policy
 from dpocli.engine.saved_model import Provenance, merge, save_adapter, save_model
 from dpocli.engine.schedule import Schedule, learning_rates
+from dpocli.engine.shared_out import check_shared
 from dpocli.engine.stop import StopFlag
 from dpocli.engine.trackers import Trackers, check_trackers
 from dpocli.engine.trainer import Trainer
@@ -69,12 +72,15 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
     with ExitStack() as stack:
         processes = stack.enter_context(joined(device, options.launcher, even_alone=True))
         out = RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say)
-        scratch = options.scratch or options.out
+        scratch, checkpoints = options.scratch or options.out, options.out / "checkpoints"
         if options.dry_run:
             own = Path(stack.enter_context(TemporaryDirectory(dir=options.scratch)))
             scratch = processes.from_first(own)
         else:
+            newest = latest(checkpoints)
+            out.update(step=newest[0] if newest else 0)
             stack.enter_context(out)
+            check_shared(options.out, processes)
         stop = stack.enter_context(StopFlag())
         store = inputs.pairs(scratch, processes, terminal)
         training, held_out = split_pairs(options, store, inputs.held_out)
@@ -100,6 +106,7 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
             processes.wait()  # until all have read what the first one is about to clear away
             return
         plan.tell(terminal)
+        identity = processes.first_does(lambda: _identity(files, options))
         trainer = Trainer(
             policy,
             optimizer,
@@ -110,15 +117,17 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
             options,
             processes,
             _provenance(options, loss, files, store),
+            Content.of(files, identity, training, held_out),
             terminal.say,
         )
         stack.callback(trainer.close)
-        done = trainer.restore(checkpoints := options.out / "checkpoints")
+        done = trainer.restore(checkpoints, terminal.warn)
+        out.update(step=done, at_once=True)
         if done:
             terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
         else:
             if store.has_reference:
-                found = _check_step0(options, policy, training, files, dtype, processes, terminal)
+                found = _check_step0(options, policy, training, identity, dtype, processes, terminal)
                 trainer.account.notes["step0"] = asdict(found)
             if warning := truncation_warning(training):
                 terminal.warn(warning.text)
@@ -132,7 +141,7 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
                 f"Stopped early after step {steps} of {schedule.num_steps}: the held-out loss has not improved for "
                 f"{options.early_stopping} evaluations."
             )
-        summary = _finish(options, loss, out, trainer, tokenizer, files, store, steps, terminal)
+        summary = _finish(options, loss, out, trainer, tokenizer, files, steps, terminal)
         if text := no_better_warning(summary):
             terminal.warn(text)
         terminal.result(summary, lambda printer: render(printer, summary, options))
@@ -171,7 +180,7 @@ def _check_step0(
     options: TrainOptions,
     policy: Policy,
     training: PairView,
-    files: ModelFiles,
+    start: ModelIdentity,
     dtype: torch.dtype,
     processes: Processes,
     terminal: Terminal,
@@ -186,9 +195,9 @@ def _check_step0(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
             f"weights of --model {options.model}, or try --dtype float32."
         )
-    reference, start = training.store.fingerprint, _identity(files, options)
+    reference = training.store.fingerprint
     assert reference.reference
-    if not processes.any(processes.is_first and start.has_weights_of(reference.reference)):
+    if not start.has_weights_of(reference.reference):
         terminal.say(f"Step 0, against another model's reference: {found}")
         if start.weights == reference.reference.weights and start.quantization != reference.reference.quantization:
             terminal.warn(_other_quantization(options, start))
@@ -214,7 +223,6 @@ def _finish(
     trainer: Trainer,
     tokenizer: PreTrainedTokenizerBase,
     files: ModelFiles,
-    store: PairStore,
     steps: int,
     terminal: Terminal,
 ) -> dict[str, Any]:
@@ -234,9 +242,11 @@ def _finish(
         "out": str(options.out),
         "model": str(options.out / "model"),
         "loss": loss.model_dump(),
-        "policy_weights": _identity(files, options).weights_digest,
+        "policy_weights": trainer.content.model_weights,
+        "policy_settings": trainer.content.model_settings,
         "inputs": inputs_of(options),
-        "pairs_digest": store.fingerprint.digest,
+        "pairs_digest": trainer.content.pairs,
+        "held_out_digest": trainer.content.held_out,
         "pairs": trainer.schedule.num_pairs,
         "metrics": {key: value for row in rows for key, value in row.items()},
         "untrained": {key: value for key, value in (rows[0] if rows else {}).items() if key.startswith("eval/")},

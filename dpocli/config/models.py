@@ -105,7 +105,7 @@ class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOption
     )
     log_every: int = option(1, Panel.RUN, "steps between lines of metrics.jsonl", ge=1)
     save_every: int | None = option(None, Panel.RUN, "steps between checkpoints (default: a tenth of the run)", ge=1)
-    keep_last: int = option(2, Panel.RUN, "checkpoints to keep", ge=1)
+    keep_last: int = option(2, Panel.RUN, "checkpoints to keep, beside the newest that is known to be good", ge=1)
     track: CommaList = option([], Panel.RUN, "also log to: tensorboard, wandb (extras)")
     dry_run: bool = option(False, Panel.RUN, "tell pairs, steps, micro-batches, parameters and memory; write nothing")
 

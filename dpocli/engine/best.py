@@ -29,17 +29,30 @@ class BestCheckpoint:
         by: what is compared.
         found: the evaluations up to the step that a run goes on from. Of these only such count as have a checkpoint: one
             that is lost (removed by hand) shall not keep a later one from being the best.
+        done: that step. What `best.json` says of a step up to it counts too, should its row be lost.
     """
 
-    def __init__(self, directory: Path, by: By, found: Sequence[Evaluation]) -> None:
+    def __init__(self, directory: Path, by: By, found: Sequence[Evaluation], done: int = 0) -> None:
         self._directory, self._by = directory, by
         for leftover in directory.glob(f".{NAME}~*.tmp"):  # of a killed writer: there is only one at a time
             leftover.unlink(missing_ok=True)
-        self.standing = best([one for one in found if (directory / f"step-{one.step}").is_dir()], by)
+        known = {one.step: one for one in [*self._named_until(done), *found]}
+        self.standing = best([known[step] for step in sorted(known) if (directory / f"step-{step}").is_dir()], by)
         if self.standing is None:
             (directory / NAME).unlink(missing_ok=True)
         else:
             self.name(self.standing)
+
+    def _named_until(self, done: int) -> list[Evaluation]:
+        """What `best.json` says, where it was compared as now; a later step than `done` is made again."""
+        value = read_json(self._directory / NAME)
+        if not isinstance(value, dict) or value.pop("by", None) != self._by:
+            return []
+        try:
+            named = Evaluation(int(value["step"]), float(value["loss"]), float(value["accuracy"]))
+        except (KeyError, TypeError, ValueError):
+            return []
+        return [named] if named.step <= done else []
 
     def is_beaten_by(self, evaluation: Evaluation) -> bool:
         return self.standing is None or evaluation.is_better_than(self.standing, self._by)

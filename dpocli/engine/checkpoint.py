@@ -4,13 +4,16 @@ Every process writes its own pieces of the tensors as safetensors, through torch
 together for any other number of processes. Nothing that is read back can run code.
 """
 
-import json
+import errno
+import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -22,18 +25,20 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
 from dpocli.engine.best import best_step
+from dpocli.engine.checkpoint_state import STATE_NAME, DamagedCheckpointError, State
 from dpocli.engine.mesh import Processes
 from dpocli.engine.saved_model import Provenance
-from dpocli.errors import ResourceError, UsageError
+from dpocli.engine.shared_out import appears
+from dpocli.errors import ResourceError, UsageError, in_words
 
 if TYPE_CHECKING:
     from dpocli.engine.policy import Policy
 
-FORMAT_VERSION = 2
-STATE_NAME = "state.json"
 _NAME = re.compile(r"step-(\d+)")
 _MODEL = "model/"
 """With this begin the names of weights; those of moments with `optimizer/`."""
+_UNREADABLE = (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError, AssertionError)
+"""What the libraries raise for files that are missing, cut off, or of another model."""
 
 
 def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
@@ -49,86 +54,85 @@ def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None
 
 def save(
     directory: Path,
-    step: int,
     policy: "Policy",
     optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
+    state: State,
     provenance: Provenance,
     keep_last: int,
+    sound_step: int,
     processes: Processes,
 ) -> None:
-    """Writes `directory/step-N`, then removes the oldest beyond `keep_last`. Every process takes part.
+    """Writes `directory/step-N`, then removes old ones. Every process takes part, and all fail where one does.
 
     Args:
         directory: of all checkpoints of the run, which all processes see.
-        step: the optimizer step that is done.
         policy: its float32 master weights are saved.
         optimizer: its moments are saved.
-        state: anything else that JSON can hold.
+        state: the rest, with the optimizer step that is done; `files` of it are filled in here.
         provenance: of the weights.
-        keep_last: how many checkpoints stay.
+        keep_last: how many checkpoints stay, as `remove_old` counts them.
+        sound_step: the last step whose weights are known to be good.
         processes: each writes its pieces.
 
     Raises:
-        ResourceError: there is no room.
+        ResourceError: there is no room. Nothing of the checkpoint is left, so that there is for smaller files.
+        UsageError: the first process does not see what another one has written.
     """
-    final, temporary = directory / f"step-{step}", directory / f".step-{step}"
-    if processes.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    processes.wait()
-    tensors = _weights(policy) | _moments(policy, optimizer)
+    final, temporary = directory / f"step-{state.step}", directory / f".step-{state.step}"
     try:
-        state_dict_saver.save(
-            tensors,
-            storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
-            process_group=processes.group,
-        )
-        for path in temporary.glob(f"shard-{processes.rank + 1:05d}-*"):
-            sync_file(path)
-    except (CheckpointException, SafetensorError, OSError) as error:
-        raise _not_written(error, final) from error
-    processes.wait()
-    if processes.is_first:
-        facts = {"format": FORMAT_VERSION, "step": step} | state
-        (temporary / STATE_NAME).write_text(json.dumps(facts, indent=2))
-        provenance.write(temporary)
-        if policy.adapter:
-            policy.adapter.peft_config["default"].save_pretrained(str(temporary))
-        for path in temporary.glob("*.json"):
-            sync_file(path)
-        sync_directory(temporary)
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        sync_directory(directory)
-        remove_old(directory, keep_last)
-    processes.wait()
+        with processes.agreeing(), _not_written(final):
+            if processes.is_first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        pieces: list[tuple[int, str, int]] = []
+        with processes.agreeing(), _not_written(final):
+            state_dict_saver.save(
+                _weights(policy) | _moments(policy, optimizer),
+                storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
+                process_group=processes.group,
+            )
+            for path in temporary.glob(f"shard-{processes.rank + 1:05d}-*"):
+                sync_file(path)
+                pieces.append((processes.rank, path.name, path.stat().st_size))
+        pieces = processes.gather(pieces)
+        with processes.agreeing(), _not_written(final):
+            if processes.is_first:
+                _check_all_there(temporary, pieces)
+                files = {name: size for _, name, size in pieces}
+                text = state.model_copy(update={"files": files}).model_dump_json(indent=2)
+                (temporary / STATE_NAME).write_text(text)
+                provenance.write(temporary)
+                if policy.adapter:
+                    policy.adapter.peft_config["default"].save_pretrained(str(temporary))
+                for path in temporary.glob("*.json"):
+                    sync_file(path)
+                sync_directory(temporary)
+                shutil.rmtree(final, ignore_errors=True)
+                temporary.rename(final)
+                sync_directory(directory)
+                remove_old(directory, keep_last, sound_step)
+    except BaseException:
+        if processes.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
-def load(path: Path, policy: "Policy", optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Puts weights and moments back, each process taking its part, and returns the rest of the state.
+def load(path: Path, state: State, policy: "Policy", optimizer: torch.optim.Optimizer, processes: Processes) -> None:
+    """Puts weights and moments back, each process taking its part. Every process takes part, and all fail where one does.
 
     Raises:
-        UsageError: a file of it is damaged.
+        DamagedCheckpointError: a file of it is missing or damaged. The policy's weights are of no use then.
     """
-    try:
-        state: dict[str, Any] = json.loads((path / STATE_NAME).read_text())
-        if state["format"] != FORMAT_VERSION:
-            raise ValueError(f"it has format {state['format']}, and this dpocli reads format {FORMAT_VERSION}")
+    with processes.agreeing(), _not_read(path):
+        _check_files(path, state)
         reader = HuggingFaceStorageReader(str(path))
         moments = _room_for_moments(policy, reader)
-        tensors = {f"optimizer/{name}/{key}": room for name, found in moments.items() for key, room in found.items()}
-        with torch.no_grad():
-            state_dict_loader.load(_weights(policy) | tensors, storage_reader=reader)
-            for name, parameter in policy.masters:
-                for key, value in moments[name].items():
-                    optimizer.state[parameter][key] = value
-    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UsageError(
-            f"The checkpoint {path} cannot be read ({_first_line(error)}). Remove that directory: the same command "
-            "line then goes on from the checkpoint before it, or from the start."
-        ) from error
-    return state
+    tensors = {f"optimizer/{name}/{key}": room for name, found in moments.items() for key, room in found.items()}
+    with processes.agreeing(), _not_read(path), torch.no_grad():
+        state_dict_loader.load(_weights(policy) | tensors, storage_reader=reader)
+        for name, parameter in policy.masters:
+            for key, value in moments[name].items():
+                optimizer.state[parameter][key] = value
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -142,17 +146,31 @@ def load_weights(path: Path, model: nn.Module) -> None:
         UsageError: a file of the checkpoint is damaged, or it is that of another model.
     """
     try:
+        _check_files(path, State.read(path))
+    except DamagedCheckpointError as error:
+        raise UsageError(f"{error.why} Give another checkpoint.") from error
+    try:
         reader = HuggingFaceStorageReader(str(path))
         parameters = {f"{_MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
         stored = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(_MODEL)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a process reads for itself is what is wanted
             state_dict_loader.load({name: parameters[name] for name in stored}, storage_reader=reader, no_dist=True)
-    except (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise UsageError(
-            f"The checkpoint {path} cannot be read ({_first_line(error)}): a file of it is damaged, or the model that it was "
+            f"The checkpoint {path} cannot be read ({_in_words(error)}): a file of it is damaged, or the model that it was "
             "trained from has changed."
         ) from error
+
+
+def set_aside(path: Path) -> Path:
+    """Gives a damaged checkpoint a name under which no start looks for one, and returns it. Nothing is removed."""
+    wanted = path.with_name(f".damaged-{path.name}")
+    names = (wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}") for number in count(1))
+    free = next(name for name in names if not name.exists())
+    path.rename(free)
+    sync_directory(path.parent)
+    return free
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -192,32 +210,88 @@ def _room_for_moments(policy: "Policy", reader: HuggingFaceStorageReader) -> dic
     return room
 
 
-def _not_written(error: BaseException, path: Path) -> BaseException:
-    causes: Iterator[BaseException] = iter([error])
-    if isinstance(error, CheckpointException):
-        causes = iter([cause for cause, *_ in error.failures.values()])
-    for cause in causes:
+@contextmanager
+def _not_written(path: Path) -> Iterator[None]:
+    """What goes wrong in the block, as an error of writing the checkpoint `path`."""
+    try:
+        yield
+    except (CheckpointException, SafetensorError, OSError) as error:
+        cause = _cause(error)
         if isinstance(cause, OSError) and cause.errno is not None:
-            return file_error_in_words(cause, f"Writing {path}")
+            raise file_error_in_words(cause, f"Writing {path}") from error
         if isinstance(cause, SafetensorError):  # it wraps the errors of the file system
-            return ResourceError(
-                f"Writing {path}: {cause}. Make room on the disk; the same command line goes on from the checkpoint before."
+            raise ResourceError(
+                f"Writing {path}: {in_words(cause)}. Make room on the disk; the same command line goes on from the "
+                "checkpoint before."
+            ) from error
+        raise
+
+
+@contextmanager
+def _not_read(path: Path) -> Iterator[None]:
+    """What goes wrong in the block, as an error of reading the checkpoint `path`."""
+    try:
+        yield
+    except _UNREADABLE as error:
+        cause = _cause(error)
+        if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
+            raise file_error_in_words(cause, f"Reading {path}") from error  # of the disk, or of rights: it may be whole
+        raise DamagedCheckpointError(path, _in_words(error)) from error
+
+
+def _check_all_there(temporary: Path, pieces: Iterable[tuple[int, str, int]]) -> None:
+    """Raises UsageError where the first process does not see all pieces, (rank, file name, bytes), that were written."""
+    for rank, name, size in pieces:
+        if not appears(temporary / name) or (temporary / name).stat().st_size != size:
+            raise UsageError(
+                f"{temporary.parent}: process {rank} has written its piece {name} of a checkpoint, and the first process "
+                "does not see it. Give an --out on a file system that all machines of the run share."
             )
-    return error
 
 
-def _first_line(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+def _check_files(path: Path, state: State) -> None:
+    """Raises DamagedCheckpointError where a file of tensors is missing or cut off: some of it might go unnoticed."""
+    for name, size in (state.files or {}).items():
+        try:
+            found = (path / name).stat().st_size
+        except FileNotFoundError:
+            raise DamagedCheckpointError(path, f"{name} is missing") from None
+        if found != size:
+            raise DamagedCheckpointError(path, f"{name} has {found:,} bytes, and {size:,} were written")
 
 
-def remove_old(directory: Path, keep_last: int) -> None:
-    """Removes all but the newest `keep_last`, and the best one, which does not count."""
+def _cause(error: BaseException) -> BaseException:
+    """What a process met, where several exchanged what they met."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def _in_words(error: BaseException) -> str:
+    cause = _cause(error)
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return f"{Path(str(cause.filename)).name}: {os.strerror(cause.errno).lower()}"
+    if isinstance(cause, RuntimeError | ValueError) and " " in str(cause):
+        return in_words(cause)
+    return "a file of tensors is cut off or damaged"
+
+
+def remove_old(directory: Path, keep_last: int, sound_step: int) -> None:
+    """Removes checkpoints that nobody needs any more.
+
+    What stays: the newest `keep_last`; the one that `best.json` names, which does not count among these; and the newest
+    one up to `sound_step`, whether it is among these or not. A checkpoint is only known to be good when the step after
+    it went well: with `keep_last` 1 there are two of them, since the newest one alone may hold weights that an update
+    has just broken. With 2 or more this takes no more room.
+
+    Args:
+        directory: of all checkpoints.
+        keep_last: at least 1.
+        sound_step: the last step whose weights are known to be good.
+    """
     steps = sorted(int(match[1]) for path in _entries(directory) if (match := _NAME.fullmatch(path.name)))
-    best = best_step(directory)
+    best, sound = best_step(directory), latest(directory, up_to=sound_step)
     for step in [step for step in steps if step != best][:-keep_last]:
-        shutil.rmtree(directory / f"step-{step}", ignore_errors=True)
+        if sound is None or step != sound[0]:
+            shutil.rmtree(directory / f"step-{step}", ignore_errors=True)
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -23,17 +23,23 @@ class Course:
         checkpoints: the directory of all checkpoints.
         rows: of `metrics.jsonl`, up to the step that the run goes on from.
         processes: all of them make the same calls.
+        done: the step that the run goes on from.
     """
 
     def __init__(
-        self, options: TrainOptions, checkpoints: Path, rows: Iterable[Mapping[str, Any]], processes: Processes
+        self,
+        options: TrainOptions,
+        checkpoints: Path,
+        rows: Iterable[Mapping[str, Any]],
+        processes: Processes,
+        done: int = 0,
     ) -> None:
         self._patience, self._processes = options.early_stopping, processes
         self._checkpoints, self._keep_last = checkpoints, options.keep_last
         self._found = evaluations(rows) if processes.is_first else []
         self._best = None
         if options.keep_best and processes.is_first:
-            self._best = BestCheckpoint(checkpoints, options.keep_best, self._found)
+            self._best = BestCheckpoint(checkpoints, options.keep_best, self._found, done)
         self._keeps_best = options.keep_best is not None
         self._best_at: int | None = None
 
@@ -53,7 +59,7 @@ class Course:
         """There is a checkpoint of this step now."""
         if self._best and self.is_best_at(step):
             self._best.name(self._found[-1])
-            remove_old(self._checkpoints, self._keep_last)  # the best until now may go
+            remove_old(self._checkpoints, self._keep_last, step - 1)  # the best until now may go
 
     def has_stalled(self) -> bool:
         """Whether the run ends here, because the held-out loss has not improved for long enough."""

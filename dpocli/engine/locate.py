@@ -8,7 +8,7 @@ from dpocli.artifacts.hashing import json_object, meaningful_config
 from dpocli.artifacts.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
 from dpocli.config.models import TrainOptions
 from dpocli.config.shared_options import ModelOptions
-from dpocli.engine.checkpoint import STATE_NAME
+from dpocli.engine.checkpoint_state import STATE_NAME
 from dpocli.errors import UsageError, in_words
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.engine.course import Course
+from dpocli.engine.history import lost_rows_warning
 from dpocli.engine.narration import Narration
 from dpocli.engine.passes import PairView
 from dpocli.engine.stop import StopFlag
@@ -64,6 +65,10 @@ def run_steps(
 
     done = first - 1
     out.metrics.truncate_after(done or -1)
+    if trainer.processes.is_first and (
+        text := lost_rows_warning(out.metrics.path, out.metrics.rows(), done, trainer.rows_before, options)
+    ):
+        narration.warn(text)
     row = _row_without_evaluation(out, done)
     narration.go_on(out.metrics.rows()[: -1 if row and done else None])
     # One process looks at the file, and all go by it.
@@ -72,7 +77,7 @@ def run_steps(
             raise stopped(done)
         out.metrics.truncate_after(done - 1)
         narration.log((row or {}) | evaluated)
-    course = Course(options, checkpoints, out.metrics.rows(), trainer.processes)
+    course = Course(options, checkpoints, out.metrics.rows(), trainer.processes, done)
     if course.has_stalled():
         last = done
     with narration.progress(done):
@@ -93,7 +98,7 @@ def run_steps(
                 # Rows first: what decides (which step was the best, when to stop) must be there with the checkpoint.
                 out.metrics.sync()
                 with trainer.account.of("checkpoints"), narration.saving():
-                    trainer.save(checkpoints, step)
+                    trainer.save(checkpoints, step, out.metrics.num_rows)
                 course.saved(step)
                 narration.draw()
             if stopping and (not ends or evaluated is None):

@@ -5,7 +5,7 @@ One engine: replicas × shards, gloo on CPU and NCCL on GPUs, so that what the t
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not listed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpocli.errors import UsageError
+from dpocli.errors import DpoError, UsageError
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=2)
@@ -68,6 +68,31 @@ class Processes:
     def from_first(self, value: T) -> T:
         """What the first process has, on every process."""
         return self.gather([value])[0]
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """What the first process finds, on every process. Its error is the error of all, which else would wait for it."""
+        found: list[T] = []
+        with self.agreeing():
+            if self.is_first:
+                found = [work()]
+        return self.gather(found)[0]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """All processes leave the block well, or all with the same error of the tree: that of the first one that met any.
+
+        In the block there may be no exchange that a process with an error would not come to.
+        """
+        own: DpoError | None = None
+        try:
+            yield
+        except DpoError as error:
+            own = error
+        errors = [error for error in self.gather([own]) if error]
+        if own and errors[0].args == own.args:
+            raise own  # with where it came from
+        if errors:
+            raise errors[0]
 
     def mesh(self, shards: int) -> DeviceMesh:
         """The mesh replicas × shards of all processes.

@@ -49,6 +49,10 @@ class Narration:
         for warning in self._watch.see(row):
             self._terminal.warn(f"Step {warning.step}: {warning.text}")
 
+    def warn(self, text: str) -> None:
+        """What may be wrong although the run goes on."""
+        self._terminal.warn(text)
+
     @contextmanager
     def progress(self, done: int) -> Iterator[None]:
         """The live line, while there are steps."""

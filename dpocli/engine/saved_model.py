@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpocli.artifacts.files import sync_directory, sync_file
+from dpocli.artifacts.files import file_errors_in_words, sync_directory, sync_file
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.shared_options import ModelOptions
 from dpocli.engine.adapter import quietly
 from dpocli.engine.merging import check_saved, merged_model
 from dpocli.engine.model import source_dtype
+from dpocli.errors import ResourceError, in_words
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -159,17 +161,28 @@ def merge(
 
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of `directory` at the end, synced."""
+    """A temporary directory that takes the place of `directory` at the end, synced; gone where that fails.
+
+    Raises:
+        ResourceError: there is no room. What was written is removed, so that there is for smaller files.
+    """
     temporary = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        yield temporary
+        with file_errors_in_words(f"Writing {directory}"):
+            yield temporary
+            for path in temporary.iterdir():
+                sync_file(path)
+            # Only the same run can have left one there: it was killed between its last two files.
+            shutil.rmtree(directory, ignore_errors=True)
+            temporary.rename(directory)
+            sync_directory(directory.parent)
+    except SafetensorError as error:  # it wraps the errors of the file system
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise ResourceError(
+            f"Writing {directory}: {in_words(error)}. Make room on the disk; the same command line goes on from the last "
+            "checkpoint."
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for path in temporary.iterdir():
-        sync_file(path)
-    # Only the same run can have left one there: it was killed between its last two files.
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
-    sync_directory(directory.parent)

@@ -3,21 +3,21 @@
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
 from dpocli.engine import checkpoint
 from dpocli.engine.account import Account
 from dpocli.engine.back_off import BackOff
+from dpocli.engine.checkpoint_state import Budget, Content, DamagedCheckpointError, Spent, State
 from dpocli.engine.global_batch import GlobalBatch
 from dpocli.engine.gradients import Gradients, Pass, Step
 from dpocli.engine.mesh import Processes
@@ -25,6 +25,7 @@ from dpocli.engine.passes import FILLER, PairView, my_passes, score
 from dpocli.engine.policy import Policy
 from dpocli.engine.saved_model import Provenance
 from dpocli.engine.schedule import Schedule
+from dpocli.engine.shared_out import appears
 from dpocli.engine.throughput import Throughput
 from dpocli.errors import NumericsError, UsageError, in_words
 from dpocli.objective import losses
@@ -59,6 +60,7 @@ class Trainer:
         options: TrainOptions,
         processes: Processes,
         provenance: Provenance,
+        content: Content,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.policy = policy
@@ -72,6 +74,7 @@ class Trainer:
         self.options = options
         self.processes = processes
         self._provenance = provenance
+        self.content = content
         wanted = Wanted.by(loss.needs, has_reference=view.store.has_reference)
         self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
         self.throughput = Throughput(policy.scorer, backward=True)
@@ -79,6 +82,8 @@ class Trainer:
         self.account = Account(processes.device)
         self.sound_step = 0
         """The last step whose weights are known to have given a finite loss and a finite gradient: the next is done."""
+        self.rows_before: int | None = None
+        """Rows of `metrics.jsonl` up to the step that the run goes on from, as its checkpoint remembers them."""
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
         self._ahead: dict[int, Future[list[Pass]]] = {}
 
@@ -133,23 +138,28 @@ class Trainer:
             )
         return {f"eval/{name}": value for name, value in metrics.items()}
 
-    def save(self, checkpoints: Path, step: int) -> None:
-        """Writes a checkpoint of what is so after `step`."""
-        state = {
-            "pairs": self.view.store.fingerprint.digest,
-            "num_pairs": len(self.view),
-            "loss_states": {name: dict(values) for name, values in self.loss_states.items()},
-            "token_budget": self._back_off.state(),
-            "account": self.account.to_json(),
-        }
+    def save(self, checkpoints: Path, step: int, num_rows: int) -> None:
+        """Writes a checkpoint of what is so after `step`, when `metrics.jsonl` has so many rows."""
+        files = self.policy.files
+        assert files
+        state = State(
+            **self.content.model_dump(),
+            step=step,
+            loss_states={name: dict(values) for name, values in self.loss_states.items()},
+            token_budget=Budget.model_validate(self._back_off.state()),
+            account=Spent.model_validate(self.account.to_json()),
+            rows=num_rows,
+            base=str(files.directory.resolve()),
+            base_adapter=str(files.adapter.resolve()) if files.adapter else None,
+        )
         checkpoint.save(
             checkpoints,
-            step,
             self.policy,
             self.optimizer,
-            state | _places(self.policy.files),
+            state,
             self.provenance(step),
             self.options.keep_last,
+            self.sound_step,
             self.processes,
         )
 
@@ -157,20 +167,42 @@ class Trainer:
         """Of the weights as they are now."""
         return self._provenance.model_copy(update={"step": step, "loss_states": self.loss_states})
 
-    def restore(self, checkpoints: Path) -> int:
-        """Goes back to the newest checkpoint, and returns its step; 0 where there is none.
+    def restore(self, checkpoints: Path, warn: Callable[[str], None]) -> int:
+        """Goes back to the newest checkpoint that is whole, and returns its step; 0 where there is none.
+
+        The first process says which one it is. A damaged one that is newer would stop a run that nobody watches, and
+        the steps since an older one can be made again with the same values: that is what every kill leads to. So the
+        run goes on from there, with a warning, and the damaged one stays under another name. Where no older one is
+        whole, or what is wrong is no damage, nothing is touched.
+
+        Args:
+            checkpoints: the directory of all of them.
+            warn: told of damage.
 
         Raises:
-            UsageError: it was made with other pairs.
+            UsageError: it was made from something else than there is now; or none is whole.
         """
         if self.processes.is_first:
             checkpoint.remove_unfinished(checkpoints)
-        newest = checkpoint.latest(checkpoints)
-        if newest is None:
+        damage: list[tuple[Path, DamagedCheckpointError]] = []
+        before: int | None = None
+        while found := self.processes.from_first(checkpoint.latest(checkpoints, up_to=before)):
+            step, path = found
+            try:
+                state = self._load(path)
+                break
+            except DamagedCheckpointError as error:
+                damage.append((path, error))
+                before = step - 1
+        else:
+            if damage:
+                raise damage[0][1]
             return 0
-        step, path = newest
-        state = self._load(path)
-        self.account.go_on(state.get("account", {}))
+        for broken, found_there in damage:
+            kept = self.processes.first_does(partial(checkpoint.set_aside, broken))
+            warn(f"{found_there.why} The run goes on from {path.name} instead; the damaged one is kept as {kept}.")
+        self.account.go_on(state.account.model_dump() if state.account else {})
+        self.rows_before = state.rows
         self.sound_step = step - 1
         return step
 
@@ -183,15 +215,19 @@ class Trainer:
         found = checkpoint.latest(checkpoints, up_to=self.sound_step)
         return found and found[1]
 
-    def _load(self, path: Path) -> dict[str, Any]:
-        state = checkpoint.load(path, self.policy, self.optimizer)
-        if (state["pairs"], state["num_pairs"]) != (self.view.store.fingerprint.digest, len(self.view)):
-            raise UsageError(
-                f"{path}: this checkpoint was made with other pairs than --reference (or --data) holds now. Give another "
-                "--out, or the pairs that the run began with."
-            )
-        self.loss_states = state.get("loss_states", {})
-        self._back_off.restore(state.get("token_budget"))
+    def _load(self, path: Path) -> State:
+        """Every process takes part, and all fail where one does."""
+        with self.processes.agreeing():
+            if not appears(path):
+                raise UsageError(
+                    f"{path}: the first process sees this checkpoint, and process {self.processes.rank} does not. Give an "
+                    "--out on a file system that all machines of the run share."
+                )
+            state = State.read(path)
+            state.check(path, self.schedule.num_steps, self.content)
+        checkpoint.load(path, state, self.policy, self.optimizer, self.processes)
+        self.loss_states = state.loss_states
+        self._back_off.restore(state.token_budget.model_dump() if state.token_budget else None)
         return state
 
     def close(self) -> None:
@@ -257,12 +293,3 @@ class Trainer:
         rows = np.sort(view.store.columns.rows[view.members[positions]])
         more = f" and {len(rows) - ROWS_NAMED:,} more" if len(rows) > ROWS_NAMED else ""
         return f"the pairs of source rows {', '.join(map(str, rows[:ROWS_NAMED])) or '?'}{more}"
-
-
-def _places(files: ModelFiles | None) -> dict[str, str | None]:
-    """Where the model that is trained came from, so that a checkpoint can be looked at by itself."""
-    assert files
-    return {
-        "base": str(files.directory.resolve()),
-        "base_adapter": str(files.adapter.resolve()) if files.adapter else None,
-    }

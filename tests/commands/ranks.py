@@ -6,6 +6,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,15 +43,20 @@ def on_processes(count: int, *line: object, launcher: Environment = torchrun) ->
     assert codes == [0] * count, said
 
 
-def ended(count: int, *line: object, launcher: Environment = torchrun) -> tuple[list[int | None], str]:
-    """The exit code of each process, and what all of them said."""
+def ended(
+    count: int, *line: object, launcher: Environment = torchrun, prepare: Callable[[int], None] | None = None
+) -> tuple[list[int | None], str]:
+    """The exit code of each process, and what all of them said. `prepare` is called in each before, with its rank."""
     with tempfile.TemporaryDirectory() as directory, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         logs = [Path(directory) / str(rank) for rank in range(count)]
         words = [str(word) for word in line]
         processes = [
-            _FORKED.Process(target=_work, args=(words, logs[rank], launcher(rank, count, port)))
+            _FORKED.Process(
+                target=_work,
+                args=(words, logs[rank], launcher(rank, count, port), partial(prepare, rank) if prepare else None),
+            )
             for rank in range(count)
         ]
         probe.close()
@@ -64,11 +70,13 @@ def ended(count: int, *line: object, launcher: Environment = torchrun) -> tuple[
         return [process.exitcode for process in processes], "\n".join(log.read_text() for log in logs if log.exists())
 
 
-def _work(line: list[str], log: Path, environment: Mapping[str, str]) -> None:
+def _work(line: list[str], log: Path, environment: Mapping[str, str], prepare: Callable[[], None] | None) -> None:
     early_stop = EarlyStop()
     os.environ |= environment
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    if prepare:
+        prepare()
     sys.exit(run_command_line(line, early_stop))

@@ -118,6 +118,12 @@ def truncate_weights(checkpoint: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:5000])
 
 
+def remove_weights(checkpoint: Path) -> None:
+    """Without a look at what should be there, the untrained model would be evaluated in its place."""
+    (weights,) = checkpoint.glob("*.safetensors")
+    weights.unlink()
+
+
 def break_state(checkpoint: Path) -> None:
     (checkpoint / "state.json").write_text("{")
 
@@ -128,6 +134,7 @@ def break_state(checkpoint: Path) -> None:
         (remove_base, "gone, which is not there. Put that model back"),
         (forget_base, "does not say of which model"),
         (truncate_weights, "cannot be read"),
+        (remove_weights, "is missing"),
         (break_state, "is not JSON"),
     ],
 )

@@ -110,14 +110,33 @@ def test_a_file_that_names_no_checkpoint_keeps_none(text: str, tmp_path: Path) -
 def test_the_best_is_not_counted_and_not_removed(tmp_path: Path) -> None:
     directory = checkpoints(tmp_path, 10, 20, 30, 40, 50)
     write_json(directory / "best.json", {"step": 20})
-    remove_old(directory, 2)
+    remove_old(directory, 2, 50)
     assert steps_of(directory) == [20, 40, 50]
     write_json(directory / "best.json", {"step": 50})
-    remove_old(directory, 2)
+    remove_old(directory, 2, 50)
     assert steps_of(directory) == [20, 40, 50]
     (directory / "best.json").unlink()
-    remove_old(directory, 2)
+    remove_old(directory, 2, 50)
     assert steps_of(directory) == [40, 50]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "sound", "kept"),
+    [
+        (1, 49, [40, 50]),
+        (1, 39, [30, 50]),
+        (1, 50, [50]),
+        (2, 49, [40, 50]),
+        (2, 9, [40, 50]),
+        (3, 19, [10, 30, 40, 50]),
+    ],
+)
+def test_the_newest_that_is_known_to_be_good_is_not_removed(
+    keep_last: int, sound: int, kept: list[int], tmp_path: Path
+) -> None:
+    directory = checkpoints(tmp_path, 10, 20, 30, 40, 50)
+    remove_old(directory, keep_last, sound)
+    assert steps_of(directory) == kept
 
 
 def test_the_newest_up_to_a_step(tmp_path: Path) -> None:
