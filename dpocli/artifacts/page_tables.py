@@ -184,6 +184,7 @@ def made_lines(report: Report, settings: Mapping[str, Any]) -> list[tuple[str, l
     }
     groups = {
         "What": what,
+        "What its training took": report.get("training") or {},
         "Versions and hardware": report.get("environment") or {},
         "Scoring": report.get("scoring") or {},
         **settings,

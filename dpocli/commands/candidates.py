@@ -1,14 +1,18 @@
 """The models that `evaluate` compares: where they lie, how they are judged, and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from dpocli.artifacts.files import read_json
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.config.loss_choice import LossChoice, named
 from dpocli.config.models import EvaluateOptions
 from dpocli.config.shared_options import ModelOptions
+from dpocli.engine.checkpoint_state import STATE_NAME
 from dpocli.engine.locate import load_tokenizer, locate_model
 from dpocli.engine.saved_model import Provenance
 from dpocli.objective.losses import States
@@ -24,6 +28,8 @@ class Candidate:
     tokenizer: PreTrainedTokenizerBase
     losses: dict[str, LossChoice]
     """By name."""
+    training: dict[str, Any]
+    """What its training took, as far as the files around it tell."""
 
     @property
     def name(self) -> str:
@@ -63,10 +69,38 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
             provenance=provenance,
             tokenizer=load_tokenizer(files, each),
             losses=named(options.loss_choices(provenance.loss or judged_by)),
+            training=training_of(files.checkpoint or Path(each.model).expanduser()),
         )
         for (each, files), provenance in zip(located, provenances, strict=True)
     ]
     return in_order_of_step(found)
+
+
+def training_of(directory: Path) -> dict[str, Any]:
+    """What a training took that left a model in its own directory, or a checkpoint there; empty where nothing tells it.
+
+    Returns:
+        `seconds` of its steps over all starts, without evaluations and checkpoints; and of a finished run `pairs`, `tokens`,
+        `processes` and `device`.
+    """
+    if isinstance(state := read_json(directory / STATE_NAME), Mapping):
+        account = state.get("account")
+        seconds = account.get("seconds") if isinstance(account, Mapping) else None
+        return {"seconds": seconds["training"]} if isinstance(seconds, Mapping) and "training" in seconds else {}
+    summary = read_json(directory.parent / "summary.json")
+    if not isinstance(summary, Mapping) or Path(str(summary.get("model"))).name != directory.name:
+        return {}
+    parts = {
+        name: part if isinstance(part := summary.get(name), Mapping) else {} for name in ("seconds", "environment")
+    }
+    found = {
+        "seconds": parts["seconds"].get("training"),
+        "pairs": summary.get("pairs_processed"),
+        "tokens": summary.get("tokens_processed"),
+        "processes": parts["environment"].get("processes"),
+        "device": parts["environment"].get("device"),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def in_order_of_step(found: Sequence[Candidate]) -> list[Candidate]:

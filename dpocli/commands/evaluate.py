@@ -131,7 +131,7 @@ class Job:
         table = PairTable.of(scored, losses, model.states, noise)
         for name in losses:
             _check_finite(scored.rows, table.column(table.name_of(name, "losses"))[:, None], f"losses ({name})")
-        extra = {}
+        extra: dict[str, Any] = {"training": model.training}
         if self.second is not None:
             name = table.losses[0]
             extra["second_reference"] = add_second_reference(

@@ -63,7 +63,7 @@ def _pretended(model: Candidate, store: PairStore, second: PairStore | None) -> 
     )
     table = PairTable.of(scored, model.losses, model.states)
     name = table.losses[0]
-    extra = {}
+    extra: dict[str, Any] = {"training": model.training}
     if second is not None:
         about["pair_id"] = table.columns["pair_id"] = np.array([second.columns.pair_ids[0].tobytes().hex()] * 2)
         extra["second_reference"] = add_second_reference(

@@ -163,3 +163,33 @@ def test_an_adapter_has_no_place_on_one(
 def test_its_state_names_the_model_for_good(runs: Mapping[str, Path]) -> None:
     state = json.loads((runs["full"] / "checkpoints" / "step-1" / "state.json").read_text())
     assert Path(state["base"]).is_absolute()
+
+
+def test_what_the_training_took_is_told(
+    runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    run = runs["full"]
+    line = (
+        "evaluate",
+        "--reference",
+        held_out_cache,
+        "--out",
+        tmp_path / "r",
+        "--require",
+        "training/pairs>=60",
+        "--json",
+    )
+    models = ("--model", run / "model", "--model", MODEL, "--model", run / "checkpoints" / "step-2")
+    result = dpocli(*line, *models)
+    assert result.code == 0, result.err
+    summary = json.loads((run / "summary.json").read_text())
+    assert result.json["training"] == {
+        "seconds": summary["seconds"]["training"],
+        "pairs": 60,
+        "tokens": summary["tokens_processed"],
+        "processes": 1,
+        "device": summary["environment"]["device"],
+    }
+    _, base, checkpoint = result.json["models"]
+    assert base["training"] == {}
+    assert 0 < checkpoint["training"]["seconds"] < summary["seconds"]["training"]
