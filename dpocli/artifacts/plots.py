@@ -44,7 +44,7 @@ class _Panel:
 
 PANELS = (
     _Panel("Loss", "", (_Curve("loss"),)),
-    _Panel("Reward accuracy", "share of pairs", (_Curve("rewards/accuracies"),), reference=0.5, limits=(-0.02, 1.02)),
+    _Panel("Reward accuracy", "ties count half", (_Curve("rewards/accuracies"),), reference=0.5, limits=(-0.02, 1.02)),
     _Panel("Reward margin", "chosen - rejected", (_Curve("rewards/margins"),), reference=0.0),
     _Panel(
         "Rewards",
@@ -179,8 +179,16 @@ def _set_steps(area: Axes, metrics: Rows) -> None:
 
 
 def _series(metrics: Rows, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Steps and values of one metric, without the rows that lack it (NaN stands as null in `metrics.jsonl`)."""
-    points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None and "step" in row]
+    """Steps and values of one metric, without the rows that lack it (NaN stands as null in `metrics.jsonl`).
+
+    In accuracies a tie is right by half here: the untrained policy, which ties on every pair, stands where chance does.
+    """
+    ties = key.replace("accuracies", "ties") if key.endswith("accuracies") else None
+    points = [
+        (row["step"], row[key] + 0.5 * (row.get(ties) or 0 if ties else 0))
+        for row in metrics
+        if row.get(key) is not None and "step" in row
+    ]
     finite = [(step, value) for step, value in points if np.isfinite(value)]
     table = np.array(finite, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]

@@ -57,6 +57,14 @@ def test_it_draws_what_there_is(tmp_path, metrics):
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
 
 
+def test_the_untrained_policy_stands_where_chance_does(tmp_path, figures):
+    untrained = {"step": 0, "eval/rewards/accuracies": 0.0, "eval/rewards/ties": 1.0}
+    later = {"step": 9, "eval/rewards/accuracies": 0.75, "eval/rewards/ties": 0.0}
+    draw_curves([untrained, later], tmp_path / "curves.png")
+    (line, _) = figures[0].axes[1].lines
+    assert list(line.get_ydata()) == [0.5, 0.75]
+
+
 def test_every_metric_has_its_panel(tmp_path, figures):
     draw_curves([with_held_out(row(step)) for step in range(50)], tmp_path / "curves.png")
     areas = figures[0].axes
