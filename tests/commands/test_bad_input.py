@@ -404,6 +404,7 @@ def test_a_damaged_checkpoint_is_named(world: World, dpocli: Run, tmp_path: Path
     assert dpocli(*line).code == 0
     run = tmp_path / "run"
     shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-1")  # from which the run would go on
     (weights,) = (run / "checkpoints" / "step-2").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     result = dpocli(*line)

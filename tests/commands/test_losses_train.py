@@ -322,7 +322,9 @@ def test_several_losses_are_evaluated_in_one_pass(
         for kind in rewards:
             assert table[kind if name == "dpo" else f"{name}/{kind}"] == columns[kind]
         if name == "dpo":
-            assert together | {"by_loss": {}, "scoring": alone["scoring"]} == alone
+            (model,) = together["models"]
+            others = {"by_loss": {}, "scoring": alone["scoring"], "models": [model | {"by_loss": {}}]}
+            assert together | others == alone
             assert table.keys() == columns.keys() | {f"{other}/{kind}" for other in names[1:] for kind in rewards}
     assert len({together["by_loss"][name]["loss"] for name in names}) == 4
 
