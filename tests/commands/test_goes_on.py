@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpocli.commands import train
+from dpocli.commands import finish, train
 from dpocli.engine import checkpoint, shared_out
 from dpocli.engine import trainer as trainer_module
 from dpocli.engine.saved_model import save_model
@@ -383,7 +383,7 @@ def test_a_model_that_finds_no_room(
         save_model(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save_model", filling)
+        patch.setattr(finish, "save_model", filling)
         result = dpocli(*line, "--out", out)
     assert_out_of_room(result, out)
     assert "Make room" in result.err
