@@ -113,7 +113,7 @@ def _against_length(report: Report, verdict: str) -> list[str]:
     if bounds[1] < 0:
         return [f"It does worse than {rule}: {by}."]
     if verdict == "better":
-        return [f"It may rank by length alone: it cannot be told from {rule}: {by}."]
+        return [f"Length alone is not ruled out as the reason: it cannot be told from {rule}: {by}."]
     return []
 
 

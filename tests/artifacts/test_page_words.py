@@ -58,7 +58,7 @@ def test_where_margins_are_rounding_there_is_nothing_to_conclude(figures, words_
             [0.6, 0.7],
             "It does better than always picking the longer answer, which is right in 57.0%: +7.0",
         ),
-        ([-0.01, 0.13], [0.6, 0.7], "It may rank by length alone"),
+        ([-0.01, 0.13], [0.6, 0.7], "Length alone is not ruled out as the reason"),
         ([-0.01, 0.13], [0.45, 0.6], ""),
         ([-0.13, -0.01], [0.45, 0.6], "It does worse than always picking"),
     ],
