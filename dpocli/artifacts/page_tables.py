@@ -10,9 +10,11 @@ from dpocli.artifacts.page_words import (
     MARGIN,
     Report,
     between,
+    models_in_order,
     number,
     percent,
     points,
+    points_beside_0,
     reward_in_words,
     rewards_compare,
     verdict_on,
@@ -99,7 +101,7 @@ def _all_figures(report: Report) -> Iterator[Figure]:
         "Brier score",
         number((report.get("calibration") or {}).get("brier")),
         "",
-        "Mean squared error of sigma(margin) as a probability: 0 is perfect, 0.25 is what a coin gets.",
+        "Mean squared error of sigma(margin) as a probability: 0 is perfect, 0.25 is what 50% for every pair gets.",
     )
     yield value(
         "Log-ratio of chosen", "logratios/chosen", "Mean of log policy - log reference, nats. Not a KL divergence."
@@ -119,11 +121,8 @@ def slice_tables(report: Report) -> dict[str, list[Mapping[str, Any]]]:
 
 def model_lines(report: Report) -> list[dict[str, str]]:
     """Each of several models, with what the first has more than it."""
-    models = report.get("models") or []
-    if len(models) < 2:
-        return []
-    differences = {comparison["against"]: comparison for comparison in report.get("comparisons") or []}
-    return [_model_line(model, differences.get(model.get("name"), {})) for model in models]
+    models = models_in_order(report)
+    return [_model_line(*each) for each in models] if len(models) > 1 else []
 
 
 def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:
@@ -135,7 +134,7 @@ def _model_line(model: Report, against: Mapping[str, Any]) -> dict[str, str]:
         "interval": between(model.get(f"{ACCURACY}_interval"), percent),
         "margin": number(model.get(MARGIN)),
         "difference": points(against["accuracy_difference"]) if against else "",
-        "difference_interval": between(against.get("accuracy_interval"), points),
+        "difference_interval": between(against.get("accuracy_interval"), points_beside_0),
         "margin_difference": number(against["margin_difference"])
         if against.get("margin_difference") is not None
         else "",

@@ -33,14 +33,16 @@ class Headline:
     sentence: str
     may: list[str]
     may_not: list[str]
+    against_reference: bool
+    """Whether the reward looks at the reference."""
 
 
 def headline(report: Report) -> Headline:
     """The result in words, with the bounds of what it means."""
     verdict = _verdict(report)
     return Headline(
-        accuracy=percent(report.get(ACCURACY)),
-        interval=between(report.get(f"{ACCURACY}_interval"), percent),
+        accuracy="ties" if ties_throughout(report) else percent(report.get(ACCURACY)),
+        interval="" if ties_throughout(report) else between(report.get(f"{ACCURACY}_interval"), percent),
         verdict=verdict,
         sentence=_sentence(report),
         may=[
@@ -50,6 +52,7 @@ def headline(report: Report) -> Headline:
             *_displacement(report),
         ],
         may_not=_limits(report),
+        against_reference=rewards_compare(report),
     )
 
 
@@ -107,7 +110,7 @@ def _against_length(report: Report, verdict: str) -> list[str]:
     if undecided(report) or not bounds:
         return []
     rule = f"always picking the {found['rule']} answer, which is right in {percent(found['rule_accuracy'])}"
-    by = f"{points(found['value'])} points, 95% interval {between(bounds, points)}"
+    by = f"{points(found['value'])} points, 95% interval {between(bounds, points_beside_0)}"
     if bounds[0] > 0:
         return [f"It does better than {rule}: {by}."]
     if bounds[1] < 0:
@@ -126,7 +129,7 @@ def _against_each_other(report: Report) -> list[str]:
         other = _model(report, entry["against"])
         against = f"{entry['against']}{', which ties as the reference itself does' if ties_throughout(other) else ''}"
         verdict = verdict_on(bounds)
-        by = f"{points(difference)} points on the same {counted(entry['pairs'], 'pair')}, 95% interval {between(bounds, points)}"
+        by = f"{points(difference)} points on the same {counted(entry['pairs'], 'pair')}, 95% interval {between(bounds, points_beside_0)}"
         told.append(
             f"{entry['model']} cannot be told from {against}: {by}."
             if verdict == NOT_TOLD_APART
@@ -140,7 +143,7 @@ def _displacement(report: Report) -> list[str]:
     if displaced is None or displaced <= 0.5 or undecided(report):
         return []
     chosen, rejected = report.get("logratios/chosen"), report.get("logratios/rejected")
-    further = chosen is not None and rejected is not None and rejected < chosen
+    further = rewards_compare(report) and chosen is not None and rejected is not None and rejected < min(chosen, 0)
     return [
         f"Chosen answers have become less likely in {percent(displaced)} of the pairs (likelihood displacement)"
         + ("; rejected ones fell further, which is what the margin sees." if further else ".")
@@ -169,14 +172,37 @@ def _limits(report: Report) -> list[str]:
     return limits
 
 
+def models_in_order(report: Report) -> list[tuple[Report, Report]]:
+    """The first model, then the others as they were given, but those of one run in order of their step; each with its
+    comparison to the first."""
+    models, comparisons = report.get("models") or [], report.get("comparisons") or []
+    padded = [{}, *comparisons, *({} for _ in models)]
+    given: list[tuple[Report, Report]] = list(zip(models, padded, strict=False))
+    ordered = list(given)
+    runs: dict[str, list[int]] = {}
+    for place, (model, _) in enumerate(given[1:], start=1):
+        if model.get("run") and model.get("step") is not None:
+            runs.setdefault(model["run"], []).append(place)
+    for places in runs.values():
+        members = sorted((given[place] for place in places), key=lambda member: int(member[0]["step"]))
+        for place, member in zip(places, members, strict=True):
+            ordered[place] = member
+    return ordered
+
+
 def ties_throughout(figures: Report) -> bool:
     """Whether a model is its reference, or nearly so: it ranks no pair right then, and is no worse for it."""
     return (figures.get("rewards/ties") or 0) > MOST
 
 
 def undecided(figures: Report) -> bool:
-    """Whether most margins are no larger than what rounding does to them; ties among them."""
-    return ties_throughout(figures) or (figures.get("rewards/within_noise") or 0) > MOST
+    """Whether most margins are no larger than what rounding does to them (ties among them), and are not on one side either.
+
+    Rounding has no direction: where it could turn most margins one by one, it still does not make 80% of them positive.
+    """
+    bounds = figures.get(_TIES_HALF_INTERVAL)
+    on_a_side = bounds and None not in bounds and not bounds[0] <= 0.5 <= bounds[1]
+    return ties_throughout(figures) or ((figures.get("rewards/within_noise") or 0) > MOST and not on_a_side)
 
 
 def _model(report: Report, name: str) -> Report:
@@ -230,6 +256,12 @@ def counted(count: int, what: str) -> str:
 def points(value: float | None) -> str:
     """A difference of accuracies: `+2.1`, in percentage points."""
     return "–" if value is None or value != value else f"{100 * value:+.1f}"
+
+
+def points_beside_0(value: float) -> str:
+    """With as many digits, up to four, as it takes to see on which side of 0 it lies."""
+    digits = next((d for d in (1, 2, 3) if value == 0 or round(100 * value, d) != 0), 4)
+    return f"{100 * value:+.{digits}f}"
 
 
 def number(value: float | None) -> str:

@@ -1,8 +1,10 @@
 """The report on the terminal: what a reader wants first, in tables that fit a hundred columns."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from dpocli.artifacts.page_words import counted, models_in_order
 from dpocli.artifacts.visible_text import one_line, told_apart
 from dpocli.config.loss_choice import LossChoice
 from dpocli.progress import format_value
@@ -22,8 +24,8 @@ Row = Sequence[object]
 def render(printer: Printer, report: Mapping[str, Any]) -> None:
     """Prints the figures of the first model, the other losses and models, and the slices."""
     loss = LossChoice.model_validate(report["loss_choice"])
-    several = f" of {report['prompts']:,} prompts" if report["prompts"] < report["pairs"] else ""
-    printer.say(f"{_in_words(report['model'])}: {report['pairs']:,} pairs{several}, rewards of {loss}")
+    several = f" of {counted(report['prompts'], 'prompt')}" if report["prompts"] < report["pairs"] else ""
+    printer.say(f"{_in_words(report['model'])}: {counted(report['pairs'], 'pair')}{several}, rewards of {loss}")
     printer.table("", ["", "value", "95% interval", "what it is"], list(_figures(report)))
     if report["by_loss"]:
         _losses(printer, report["by_loss"])
@@ -96,12 +98,14 @@ def _losses(printer: Printer, by_loss: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _models(printer: Printer, report: Mapping[str, Any]) -> None:
     """The first against each other, on the same pairs."""
-    differences: list[Mapping[str, Any]] = [{}, *report["comparisons"]]
+    models = models_in_order(report)
     columns = ["model", "step", "accuracy", "95% interval", "difference", "95% interval", "margin diff."]
-    names = told_apart((entry["name"] for entry in report["models"]), LONGEST_NAME - 4)
+    within = _common_directory([entry["name"] for entry, _ in models])
+    names = {entry["name"]: entry["name"].removeprefix(within) for entry, _ in models}
+    shown = told_apart(names.values(), LONGEST_NAME - 4)
     rows = [
         [
-            names[entry["name"]],
+            shown[names[entry["name"]]],
             entry["step"],
             entry["rewards/accuracies"],
             _span(entry["rewards/accuracies_interval"]),
@@ -109,7 +113,7 @@ def _models(printer: Printer, report: Mapping[str, Any]) -> None:
             _span(found.get("accuracy_interval")),
             found.get("margin_difference"),
         ]
-        for entry, found in zip(report["models"], differences, strict=True)
+        for entry, found in models
     ]
     printer.table("Models; differences: the first less each, pair by pair, a tie as half right", columns, rows)
     for entry in report["models"]:
@@ -145,6 +149,12 @@ def _slices(printer: Printer, slices: Mapping[str, Sequence[Mapping[str, Any]]])
 
 def _span(interval: Sequence[float] | None) -> str:
     return f"{interval[0]:.3g} to {interval[1]:.3g}" if interval else ""
+
+
+def _common_directory(names: Sequence[str]) -> str:
+    """What all absolute paths among them begin with, where there are several: it tells none from another."""
+    absolute = [os.path.dirname(name) for name in names if os.path.isabs(name)]
+    return os.path.join(os.path.commonpath(absolute), "") if len(absolute) > 1 else ""
 
 
 def _in_words(name: str) -> str:

@@ -13,6 +13,7 @@ from dpocli.artifacts.bootstrap import Clusters, share_interval
 
 MIN_PROMPTS = 30
 MAX_WIDTH = 0.3
+MOST_TIES = 0.5
 NUM_PARTS = 4
 """Slices of a number, cut at its quantiles."""
 MAX_LABELS = 20
@@ -30,7 +31,7 @@ def slices(
     """The slices of each kind that parts the pairs; a kind that does not is left out.
 
     A slice is too small to tell where it has fewer than 30 prompts, for then the interval itself is a guess, or where its
-    interval is wider than 0.3.
+    interval is wider than 0.3; or most of its pairs tie, to which a tie is not right.
 
     Args:
         columns: of `pairs.parquet`, shapes (pairs,).
@@ -86,7 +87,9 @@ def _slice(
         "accuracy": float(right[members].mean()),
         "interval": [low, high],
         "margin": float(margins[members].mean()),
-        "too_small": own.count < MIN_PROMPTS or high - low > MAX_WIDTH,
+        "too_small": own.count < MIN_PROMPTS
+        or high - low > MAX_WIDTH
+        or bool((margins[members] == 0).mean() > MOST_TIES),
     }
 
 

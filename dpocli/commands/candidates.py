@@ -1,6 +1,6 @@
 """The models that `evaluate` compares: where they lie, how they are judged, and in which order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Candidate:
 
 
 def candidates(options: EvaluateOptions) -> list[Candidate]:
-    """The models of `--model`, in the order given, but after the first those of one run in order of step.
+    """The models of `--model`, in the order given.
 
     Without `--loss`, each is judged by the loss that it was trained with; one that dpocli did not train, by that of the
     first which it did, so that a base and what was trained from it can be compared.
@@ -62,7 +62,7 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
     located = [(each, locate_model(each, checkpoints=True)) for each in map(options.of_model, options.model)]
     provenances = [Provenance.of(files.checkpoint or files.adapter or files.directory) for _, files in located]
     judged_by = next((provenance.loss for provenance in provenances if provenance.loss), None)
-    found = [
+    return [
         Candidate(
             options=each,
             files=replace(files, quantization=files.quantization or provenance.quantization),
@@ -73,7 +73,6 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
         )
         for (each, files), provenance in zip(located, provenances, strict=True)
     ]
-    return in_order_of_step(found)
 
 
 def training_of(directory: Path) -> dict[str, Any]:
@@ -101,18 +100,3 @@ def training_of(directory: Path) -> dict[str, Any]:
         "device": parts["environment"].get("device"),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def in_order_of_step(found: Sequence[Candidate]) -> list[Candidate]:
-    """The first stays the first, whatever it is: the report is about it. Of the others those that one run left change places
-    so that their steps rise; all others stay where they are."""
-    ordered = list(found)
-    runs: dict[str, list[int]] = {}
-    for place, candidate in enumerate(found[1:], start=1):
-        if candidate.provenance.run and candidate.provenance.step is not None:
-            runs.setdefault(candidate.provenance.run, []).append(place)
-    for places in runs.values():
-        members = sorted((found[place] for place in places), key=lambda candidate: candidate.provenance.step or 0)
-        for place, candidate in zip(places, members, strict=True):
-            ordered[place] = candidate
-    return ordered

@@ -90,7 +90,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             "reference": str(options.reference) if options.reference else None,
             "dtype": dtype_name(_dtype(options, stores[0], device)),
             "environment": environment(device),
-            "scoring": scoring[0],
+            "scoring": scoring[0] | {"processes": processes.count},
             "warnings": warnings,
         }
         failed = judge_gates(options.gates, report)
@@ -126,7 +126,7 @@ class Job:
         budget = token_budget(self.options.token_budget, self.processes.device)
         scorer = frozen_scorer(model.files, model.options, dtype, team, budget, collision=wanted.collision)
         scored, throughput = self._scored(scorer, wanted)
-        noise = TOLERANCE[dtype]
+        noise = _noise(dtype, self.store)
         _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
         table = PairTable.of(scored, losses, model.states, noise)
         for name in losses:
@@ -156,6 +156,12 @@ class Job:
 
 def _dtype(options: EvaluateOptions, store: PairStore, device: torch.device) -> torch.dtype:
     return pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
+
+
+def _noise(dtype: torch.dtype, store: PairStore) -> float:
+    """How far rounding may move a token's log-ratio, nats: as far as the rougher of the two dtypes that it is made in."""
+    reference = getattr(torch, store.fingerprint.dtype) if store.has_reference and store.fingerprint.dtype else dtype
+    return max(TOLERANCE[dtype], TOLERANCE[reference])
 
 
 def _check_slices(names: Sequence[str], store: PairStore) -> None:

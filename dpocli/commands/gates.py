@@ -11,7 +11,7 @@ from dpocli.artifacts.report import Evaluated, report_of
 from dpocli.artifacts.second_reference import add_second_reference
 from dpocli.commands.candidates import Candidate
 from dpocli.config.gates import Gate, check_names, outcomes, scalars
-from dpocli.errors import GateError
+from dpocli.errors import GateError, UsageError
 from dpocli.objective.logps import Wanted
 
 
@@ -26,7 +26,21 @@ def check_gates(
     """
     if gates:
         pretended = [_pretended(model, store, second) for model, store in zip(models, stores, strict=True)]
-        check_names(gates, scalars(report_of(pretended)))
+        report = report_of(pretended)
+        check_names([gate for gate in gates if not _of_margins(gate, report)], scalars(report))
+
+
+def _of_margins(gate: Gate, report: Mapping[str, Any]) -> bool:
+    """Whether a gate is about a difference of margins, with or without its interval.
+
+    Raises:
+        UsageError: the two models' margins cannot be compared.
+    """
+    if not gate.name.startswith("margin_difference") or not report["comparisons"]:
+        return False
+    if why := report["comparisons"][0].get("why_no_margin"):
+        raise UsageError(f"--require {gate.text}: there is no such difference; {why}.")
+    return gate.name.removesuffix("_low").removesuffix("_high") == "margin_difference"
 
 
 def judge_gates(gates: Sequence[Gate], report: dict[str, Any]) -> GateError | None:

@@ -95,8 +95,10 @@ def check_names(gates: Sequence[Gate], known: Mapping[str, float | None]) -> Non
     for gate in gates:
         if gate.name in known:
             continue
-        stem = gate.name.removesuffix("_low").removesuffix("_high").partition("/")[0]
-        if stem in _MISSING:
+        figure = gate.name.removesuffix("_low").removesuffix("_high")
+        if figure in known:
+            hint = f"{figure} has no interval."
+        elif (stem := figure.partition("/")[0]) in _MISSING:
             hint = f"{_MISSING[stem]}."
         else:
             near = difflib.get_close_matches(gate.name, known, n=1)

@@ -118,6 +118,26 @@ def test_few_prompts_hold_the_truth_as_often_as_many(count: int) -> None:
     assert 0.90 <= coverage(holds) <= 0.985
 
 
+def test_one_pair_that_differs_makes_nobody_surer() -> None:
+    """Clopper and Pearson: of 39 out of 40 the lower bound is 0.8684, and of 40 out of 40 it is 0.9119."""
+    lows = [share_interval(np.arange(40) >= wrong, alone(40))[0] for wrong in (0, 1, 2, 3)]
+    assert lows[:2] == pytest.approx([0.9119, 0.8684], abs=1e-4)
+    assert lows == sorted(lows, reverse=True)
+    highs = [share_interval(np.arange(40) < right, alone(40))[1] for right in (0, 1, 2, 3)]
+    assert highs == pytest.approx([1 - low for low in lows])
+
+
+@pytest.mark.parametrize(
+    ("up", "down", "tells"), [(4, 0, False), (6, 0, True), (7, 1, False), (9, 2, False), (10, 1, True)]
+)
+def test_a_few_pairs_that_differ_are_judged_by_the_sign_test(up: int, down: int, tells: bool) -> None:
+    """Exact two-sided p: 4:0 0.125, 6:0 0.031, 7:1 0.070, 9:2 0.065, 10:1 0.012."""
+    change = np.r_[np.ones(up), -np.ones(down), np.zeros(120 - up - down)]
+    low, high = mean_interval(change, alone(120), DIFFERENCE_OF_SHARES) or (0, 0)
+    assert (low > 0) == tells
+    assert low < change.mean() < high
+
+
 @pytest.mark.parametrize(("rare", "count"), [(0.05, 10), (0.05, 30), (0.02, 100)])
 def test_a_rare_difference_is_not_ruled_out_by_a_sample_without_one(rare: float, count: int) -> None:
     generator = np.random.default_rng(count)

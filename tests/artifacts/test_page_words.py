@@ -3,7 +3,7 @@
 import pytest
 
 from dpocli.artifacts.page_tables import figure_lines, gate_lines, model_lines
-from dpocli.artifacts.page_words import between, headline, number, percent, points
+from dpocli.artifacts.page_words import between, headline, models_in_order, number, percent, points, points_beside_0
 from dpocli.config.loss_choice import LossChoice
 from tests.reports import made_up_report, made_up_table
 
@@ -43,11 +43,36 @@ def test_ties_are_no_reason_to_call_a_model_worse():
     [({"rewards/ties": 1.0}, "ties"), ({"rewards/within_noise": 0.9}, "90.0% of the margins lie within the rounding")],
 )
 def test_where_margins_are_rounding_there_is_nothing_to_conclude(figures, words_of_it):
-    found = words(**figures, **{"rewards/accuracies_ties_half_interval": [0.6, 0.7]})
+    found = words(**figures, **{"rewards/accuracies_ties_half_interval": [0.45, 0.6]})
     assert found.verdict == "open"
     assert words_of_it in found.may[0]
     assert "nothing to conclude" in found.may[0]
     assert not any("always picking" in sentence or "displacement" in sentence for sentence in found.may)
+
+
+def test_rounding_does_not_put_most_margins_on_one_side():
+    found = words(**{"rewards/within_noise": 0.6, "rewards/accuracies_ties_half_interval": [0.76, 0.9]})
+    assert found.verdict == "better"
+    assert any("How 60.0% of the pairs are ranked" in sentence for sentence in found.may_not)
+
+
+def test_a_model_that_ties_has_no_accuracy_to_show():
+    found = words(**{"rewards/ties": 1.0})
+    assert (found.accuracy, found.interval) == ("ties", "")
+
+
+def test_after_the_first_the_models_of_a_run_are_shown_in_order_of_step():
+    report = made_up_report(TABLE)
+    report["models"][1:] = report["models"][:0:-1]
+    report["comparisons"].reverse()
+    assert [model["step"] for model in report["models"]] == [300, 200, 100]
+    ordered = models_in_order(report)
+    assert [model["step"] for model, _ in ordered] == [300, 100, 200]
+    assert [entry.get("against") for _, entry in ordered] == [
+        None,
+        "run/checkpoints/step-100",
+        "run/checkpoints/step-200",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -72,8 +97,14 @@ def test_accuracy_is_held_against_length(interval, of_accuracy, sentence):
 
 def test_displacement_says_only_what_is_so():
     assert "rejected ones fell further" in " ".join(words().may)
-    told = " ".join(words(**{"logratios/rejected": -0.3}).may)
-    assert "less likely in 61.0% of the pairs (likelihood displacement)." in told
+    simpo = LossChoice.of("simpo").model_dump()
+    for more in (
+        {"logratios/rejected": -0.3},
+        {"logratios/chosen": 0.4, "logratios/rejected": 0.1},
+        {"loss_choice": simpo},
+    ):
+        told = " ".join(words(**more).may)
+        assert "less likely in 61.0% of the pairs (likelihood displacement)." in told
 
 
 def test_small_and_noisy_evaluations_say_so():
@@ -122,6 +153,7 @@ def test_what_was_required_is_told():
 def test_figures_are_spelled_for_people():
     assert (percent(0.6721), percent(None), percent(float("nan"))) == ("67.2%", "–", "–")
     assert (number(-0.12345), number(12345), number(None), points(0.021)) == ("−0.123", "12,345", "–", "+2.1")
+    assert (points_beside_0(-0.00024), points_beside_0(0.042), points_beside_0(0.0)) == ("-0.02", "+4.2", "+0.0")
     assert between([0.1, 0.25], percent) == "10.0% to 25.0%"
     assert between([None, 0.25]) == between(None) == between([float("nan"), 1.0]) == ""
 

@@ -343,6 +343,7 @@ def test_a_report_of_before_is_gone_when_the_next_fails(
     [
         ("accuracy_difference_low>0", "it takes a second --model"),
         ("by_source/quiz/loss<1", "slices cannot be named"),
+        ("displacement_low>0", "displacement has no interval"),
     ],
 )
 def test_why_a_figure_is_not_there(
@@ -352,3 +353,27 @@ def test_why_a_figure_is_not_there(
     result = dpocli(*line)
     assert result.code == 2
     assert words in result.err
+
+
+def test_the_noise_is_that_of_the_rougher_dtype(tmp_path: Path, dpocli: Run) -> None:
+    """A cache of bfloat16 under a policy of float32: what differs is rounding, and is called that."""
+    cache = tmp_path / "rough"
+    quiet("precompute", "--model", MODEL, "--data", HELD_OUT, "--limit", 12, "--out", cache, "--dtype", "bfloat16")
+    line = ("evaluate", "--model", MODEL, "--reference", cache, "--dtype", "float32", "--out", tmp_path / "r", "--json")
+    result = dpocli(*line)
+    assert result.code == 0, result.err
+    assert result.json["rewards/within_noise"] == 1.0
+
+
+@pytest.mark.parametrize("gate", ["margin_difference>=-9", "margin_difference_low>=-9"])
+def test_a_difference_of_margins_that_cannot_be_is_refused_beforehand(
+    runs: Mapping[int, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, gate: str
+) -> None:
+    line = ("evaluate", "--model", runs[6], "--model", runs[2], "--reference", held_out_cache, "--out", tmp_path / "r")
+    assert dpocli(*line, "--require", gate).code == 0
+    shutil.copytree(runs[2], tmp_path / "other")
+    replace_json(tmp_path / "other" / "dpocli.json", lambda told: told["loss"].update(beta=0.7))
+    line = ("evaluate", "--model", runs[6], "--model", tmp_path / "other", "--reference", held_out_cache)
+    result = dpocli(*line, "--out", tmp_path / "r", "--require", gate)
+    assert result.code == 2
+    assert "there is no such difference; the losses differ" in result.err
