@@ -7,11 +7,14 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dpocli.commands import finish, train
 from dpocli.engine import checkpoint, shared_out
@@ -252,6 +255,41 @@ def test_where_all_are_damaged_nothing_is_touched(stopped: Path, line: Line, dpo
         cut_off(stopped / "checkpoints" / f"step-{step}")
     assert_refused(dpocli(*line, "--out", stopped), "step-2 cannot be read", "Remove that directory")
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"best.json", "step-1", "step-2"}
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Out of memory: CUDA"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Out of memory"),
+        (MemoryError(), "Out of memory"),
+        (SafetensorError("Error while reading: Cannot allocate memory (os error 12)"), "Out of memory"),
+        (OSError(24, "Too many open files"), "too many open files"),
+        (SafetensorError("Error while reading: Too many open files (os error 24)"), "too many open files"),
+        (SafetensorError("Input/output error (os error 5)"), "input/output error"),
+        (FileNotFoundError(f"No such file or directory: {MODEL / 'model.safetensors'}"), "cannot be opened"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_shortage_is_no_damage(
+    error: Exception, words: str, wrapped: bool, stopped: Path, line: Line, held_out_cache: Path, dpocli: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    met = CheckpointException("load", {0: (error, StackSummary.from_list([]))}) if wrapped else error
+
+    def short(*_: object, **__: object) -> None:
+        raise met
+
+    monkeypatch.setattr(checkpoint.state_dict_loader, "load", short)
+    place = stopped / "checkpoints" / "step-2"
+    judged = ("evaluate", "--model", place, "--reference", held_out_cache, "--out", stopped.parent / "report")
+    for result in (dpocli(*line, "--out", stopped), dpocli(*judged)):
+        assert result.code == 7, result.err
+        assert words in said(result), result.err
+        assert "damaged" not in result.err
+        assert "Remove" not in result.err
+    assert {path.name for path in place.parent.iterdir()} == {"best.json", "step-1", "step-2"}
 
 
 def test_a_second_damaged_one_of_the_same_step_gets_a_name_of_its_own(tmp_path: Path) -> None:
