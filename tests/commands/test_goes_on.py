@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dpocli.commands import finish, train
 from dpocli.engine import checkpoint, shared_out
 from dpocli.engine import trainer as trainer_module
+from dpocli.engine.narration import Narration
 from dpocli.engine.saved_model import save_model
 from dpocli.engine.trainer import Trainer
 from tests.commands.broken_inputs import replace_json
@@ -322,6 +323,32 @@ def test_the_best_so_far_stays_the_best_without_its_row(stopped: Path, line: Lin
     (stopped / "metrics.jsonl").unlink()
     assert_goes_on(dpocli(*line, "--out", stopped), 2, "best.json")
     assert json.loads((stopped / "summary.json").read_text())["model_step"] == 1
+
+
+def test_a_kill_before_the_row_is_back_does_not_lose_the_evaluation(
+    stopped: Path, undisturbed: Path, line: Line, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped / "metrics.jsonl"
+    rows = metrics_of(stopped)
+    rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith("eval/")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (stopped / "checkpoints" / "best.json").unlink()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Narration, "log", killed)
+        assert dpocli(*line, "--out", stopped).code == 130
+    assert [row["step"] for row in metrics_of(stopped)] == [0, 1]
+    assert_goes_on(dpocli(*line, "--out", stopped), 2)
+    expected, found = metrics_of(undisturbed), metrics_of(stopped)
+    expected[2] = {name: expected[2][name] for name in expected[2] if name in found[2]}
+    assert found == expected
+    assert {"step", "epoch", "eval/loss", "eval/rewards/accuracies"} <= found[2].keys()
+    assert (stopped / "checkpoints" / "best.json").read_bytes() == (
+        undisturbed / "checkpoints" / "best.json"
+    ).read_bytes()
 
 
 def test_no_row_is_missed_where_none_is_gone(stopped: Path, line: Line, dpocli: Run) -> None:
