@@ -503,6 +503,19 @@ def test_all_go_by_the_checkpoint_that_the_first_process_sees(stopped: Path, lin
     assert "the first process sees this checkpoint, and process 1 does not" in " ".join(words.split())
 
 
+def test_the_output_directory_may_have_another_name_on_the_first_machine(
+    stopped: Path, line: Line, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = checkpoint.latest
+
+    def mounted_elsewhere(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
+        found = plain(directory, up_to)
+        return found and (found[0], Path("/mnt/elsewhere") / found[1].name)
+
+    monkeypatch.setattr(checkpoint, "latest", mounted_elsewhere)
+    assert_goes_on(dpocli(*line, "--out", stopped), 2)
+
+
 def test_two_processes_go_back_together(stopped: Path, undisturbed: Path, line: Line) -> None:
     cut_off(stopped / "checkpoints" / "step-2")
     codes, words = ended(2, *line, "--out", stopped)
