@@ -8,8 +8,11 @@ from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, digest_json
 from dpocli.artifacts.model_files import ModelFiles
+from dpocli.commands.inputs import fingerprint_of_rows
 from dpocli.config.models import TrainOptions
 from dpocli.config.shared_options import NUMBERS_OF_LOSSES
+from dpocli.data.sources import open_rows
+from dpocli.engine.locate import load_tokenizer
 from dpocli.errors import UsageError
 from dpocli.options import load_options
 
@@ -63,11 +66,8 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
     settings = identity.settings_digest(model)
     if summary.get("policy_settings", settings) != settings:  # an earlier version wrote no such thing
         found.append(f"the configuration of --model {options.model}")
-    if options.reference and options.reference.is_dir():
-        same_pairs = summary.get("pairs_digest") == PairStore.open(options.reference).fingerprint.digest
-    else:
-        same_pairs = summary.get("inputs") == inputs_of(options)
-    if not same_pairs:
+    digest = _pairs_digest(options, model)
+    if summary.get("pairs_digest") != digest if digest else summary.get("inputs") != inputs_of(options):
         found.append(f"the pairs of {', '.join(inputs_of(options))}")
     held_out = options.eval_reference
     remembered = summary.get("held_out_digest")  # an earlier version wrote no such thing
@@ -78,6 +78,17 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
             f"--out {options.out}: it holds a finished run, and {' and '.join(found)} are others than it was made with. Give "
             "another directory."
         )
+
+
+def _pairs_digest(options: TrainOptions, model: ModelFiles) -> str | None:
+    """Names the training pairs that stand there now; None where they are gone."""
+    if options.reference:
+        return PairStore.open(options.reference).fingerprint.digest if options.reference.is_dir() else None
+    try:
+        rows = open_rows(options)
+    except UsageError:
+        return None
+    return fingerprint_of_rows(options, load_tokenizer(model, options), rows).digest
 
 
 def inputs_of(options: TrainOptions) -> list[str]:

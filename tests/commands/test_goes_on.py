@@ -23,7 +23,7 @@ from dpocli.engine.narration import Narration
 from dpocli.engine.saved_model import save_model
 from dpocli.engine.trainer import Trainer
 from tests.commands.broken_inputs import replace_json
-from tests.commands.conftest import MODEL, Result, Run, metrics_of, quiet
+from tests.commands.conftest import MODEL, TRAIN, Result, Run, metrics_of, quiet
 from tests.commands.ranks import ended
 
 SETTINGS = ("--learning-rate", "1e-3", "--batch-size", 8, "--max-steps", 4, "--save-every", 1, "--keep-last", 9)
@@ -167,6 +167,24 @@ def test_other_held_out_pairs_under_the_same_name(
     assert_refused(dpocli(*line), "a finished run", f"the held-out pairs of {held_out}")
     shutil.rmtree(held_out)
     assert dpocli(*line).code == 0, "a cache may be deleted when all is done"
+
+
+def test_a_finished_run_on_rows_knows_them_by_content(tmp_path: Path, dpocli: Run) -> None:
+    data, elsewhere = tmp_path / "t.jsonl", tmp_path / "elsewhere.jsonl"
+    rows = TRAIN.read_text().splitlines(keepends=True)
+    data.write_text("".join(rows[:16]))
+    line = ("train", "--model", MODEL, "--loss", "simpo", *SETTINGS, "--max-steps", 1, "--out", tmp_path / "run")
+    assert dpocli(*line, "--data", data).code == 0
+    shutil.copy(data, elsewhere)
+    for path in (data, elsewhere):
+        result = dpocli(*line, "--data", path)
+        assert result.code == 0, result.err
+        assert "nothing to do" in result.out + result.err
+    data.write_text("".join(rows[16:32]))
+    assert_refused(dpocli(*line, "--data", data), "a finished run", f"the pairs of {data}")
+    data.unlink()
+    assert dpocli(*line, "--data", data).code == 0, "rows may be deleted when all is done"
+    assert_refused(dpocli(*line, "--data", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
 
 
 # whose checkpoint it is
