@@ -320,6 +320,26 @@ def test_a_second_damaged_one_of_the_same_step_gets_a_name_of_its_own(tmp_path: 
     ]  # fmt: skip
 
 
+def test_a_damaged_best_one_that_is_not_the_newest(undisturbed: Path, line: Line, tmp_path: Path, dpocli: Run) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "model")
+    (out / "summary.json").unlink()
+    rows = metrics_of(out)
+    rows[1]["eval/loss"] = 0.0
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    following = int(min(rows[2:], key=lambda row: row["eval/loss"])["step"])
+    place = out / "checkpoints" / "step-1"
+    cut_off(place)
+    words = (place, "that of the best step by held-out loss", f"step-{following}, then becomes OUT/model")
+    result = dpocli(*line, "--out", out)
+    assert_refused(result, *words)
+    assert "goes on from the checkpoint before" not in said(result)
+    shutil.rmtree(place)
+    assert_goes_on(dpocli(*line, "--out", out), 4)
+    assert json.loads((out / "summary.json").read_text())["model_step"] == following
+
+
 # what is told
 
 
