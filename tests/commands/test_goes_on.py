@@ -169,6 +169,26 @@ def test_other_held_out_pairs_under_the_same_name(
     assert dpocli(*line).code == 0, "a cache may be deleted when all is done"
 
 
+def test_other_names_of_the_same_content(
+    undisturbed: Path, stopped: Path, line: Line, held_out_cache: Path, cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    (model := tmp_path / "model").symlink_to(MODEL)
+    moved = tmp_path / "held-out"
+    shutil.copytree(held_out_cache, moved)
+    other = {held_out_cache: moved, MODEL: model}
+    finished = tmp_path / "finished"
+    shutil.copytree(undisturbed, finished)
+    renamed = [other.get(word, word) if isinstance(word, Path) else word for word in line]
+    assert dpocli(*renamed, "--out", finished).code == 0
+    assert_goes_on(dpocli(*renamed, "--out", stopped), 2)
+    for changed, words in (
+        ([cache if word == held_out_cache else word for word in line], f"the held-out pairs of {cache}"),
+        ([tmp_path / "gone" if word == held_out_cache else word for word in line], f"of {tmp_path / 'gone'}"),
+        ([word for word in line if word not in ("--eval-reference", held_out_cache)], ""),
+    ):
+        assert_refused(dpocli(*changed, "--out", finished), words)
+
+
 def test_a_finished_run_on_rows_knows_them_by_content(tmp_path: Path, dpocli: Run) -> None:
     data, elsewhere = tmp_path / "t.jsonl", tmp_path / "elsewhere.jsonl"
     rows = TRAIN.read_text().splitlines(keepends=True)
