@@ -11,6 +11,8 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, code_hashes
+from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.status import is_lost_peer, is_out_of_memory
 from dpocli.engine.best import best_step
 from dpocli.engine.checkpoint_state import STATE_NAME, DamagedCheckpointError, State
@@ -148,10 +152,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UsageError: a file of the checkpoint is damaged, or it is that of another model.
     """
-    try:
+    with _another_wanted():
         _check_files(path, State.read(path))
-    except DamagedCheckpointError as error:
-        raise UsageError(f"{error.why} Give another checkpoint.") from error
     try:
         reader = HuggingFaceStorageReader(str(path))
         parameters = {f"{_MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -166,6 +168,42 @@ def load_weights(path: Path, model: nn.Module) -> None:
             f"The checkpoint {path} cannot be read ({_in_words(error)}): a file of it is damaged, or the model that it was "
             "trained from has changed."
         ) from error
+
+
+def check_base(files: ModelFiles) -> None:
+    """Raises UsageError where an adapter's checkpoint is looked at on another model than it was trained on.
+
+    Only an adapter: a checkpoint of all weights takes none from the model. Files whose hashes the run noted are not
+    read again while they are as they were.
+    """
+    path = files.checkpoint
+    if path is None or files.adapter_settings is None:
+        return
+    with _another_wanted():
+        state = State.read(path)
+    if state.model_weights is None:  # of an earlier version
+        return
+    quantization = Provenance.of(path).quantization
+    memory = _hashes_of_the_run(path.resolve().parent.parent / HASH_MEMORY_NAME)
+    base = ModelFiles(files.directory, files.adapter, quantization, files.runs_code)
+    identity = base.identity(memory)
+    differing = ["weights"] if state.model_weights != identity.weights_digest else []
+    # Whether the code beside the model counts was decided by --trust-remote-code of the training.
+    settings = {replace(identity, code=code).settings_digest(base) for code in ({}, code_hashes(base.directory))}
+    if state.model_settings is not None and state.model_settings not in settings:
+        differing.append("configuration")
+    if differing:
+        on = f" with the adapter {files.adapter} on it" if files.adapter else ""
+        raise UsageError(
+            f"--model {path}: this checkpoint is an adapter that was trained on {files.directory}{on}, whose "
+            f"{' and '.join(differing)} have changed since. Put that model back as it was, or give another checkpoint."
+        )
+
+
+@cache
+def _hashes_of_the_run(path: Path) -> HashMemory:
+    """What a run noted; several of its checkpoints may be looked at."""
+    return HashMemory(path, is_kept=False)
 
 
 def set_aside(path: Path) -> Path:
@@ -230,6 +268,15 @@ def _not_written(path: Path) -> Iterator[None]:
                 "checkpoint before."
             ) from error
         raise
+
+
+@contextmanager
+def _another_wanted() -> Iterator[None]:
+    """Damage in the block, as an error of somebody who only looks at a checkpoint."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        raise UsageError(f"{error.why} Give another checkpoint.") from error
 
 
 @contextmanager
