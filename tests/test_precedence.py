@@ -41,6 +41,13 @@ def load(tmp_path: Path, lines: str, **flags: str) -> TrainOptions:
         ("reference: r\nloss: simpo\nbeta: 2\ngamma: 1", {"loss": "simpo"}, {"beta": 2, "gamma": 1}),
         ("reference: r\nloss: simpo\nbeta: 2", {"loss": "dpo", "beta": "0.3"}, {"beta": 0.3}),
         ("reference: r\nbeta: 0.3", {"loss": "ipo"}, {"beta": 0.3}),
+        ("reference: r\nloss: dpo\nbeta: 0.01", {"loss": "1.0*dpo"}, {"beta": 0.01}),
+        ("reference: r\nloss: dpo\nbeta: 0.01", {"loss": "DPO "}, {"beta": 0.01}),
+        ("reference: r\nloss: dpo\nbeta: 0.01", {"loss": "dpo + 0.2*sft"}, {"beta": 0.01}),
+        ("reference: r\nloss: dpo + sft\nbeta: 0.01", {"loss": "0.2*sft + dpo"}, {"beta": 0.01}),
+        ("reference: r\nloss: dpo + sft\nbeta: 0.01", {"loss": "dpo"}, {"beta": 0.01}),
+        ("reference: r\nloss: dpo\nbeta: 0.01", {"loss": "ipo + dpo"}, {"beta": None}),
+        ("reference: r\nloss: dpo+simpo\nbeta: 2\ngamma: 1", {"loss": "dpo"}, {"beta": 2, "gamma": None}),
     ],
 )
 def test_a_flag_replaces_its_alternative(

@@ -1,5 +1,6 @@
 """What a training leaves behind: the model, the curves and the summary."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,15 @@ from dpocli.commands.resume import inputs_of
 from dpocli.commands.run_summary import facts
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
+from dpocli.engine.checkpoint import latest
+from dpocli.engine.checkpoint_state import DamagedCheckpointError
 from dpocli.engine.course import agreed_best_step
+from dpocli.engine.evaluations import best, evaluations
 from dpocli.engine.model import source_dtype
 from dpocli.engine.narration import draw_curves_or_warn
 from dpocli.engine.saved_model import merge, save_adapter, save_model
 from dpocli.engine.trainer import Trainer
-from dpocli.errors import NumericsError
+from dpocli.errors import NumericsError, UsageError
 from dpocli.terminal import Terminal
 
 
@@ -33,7 +37,8 @@ def finish(
     """The model (with --keep-best, of the best step), the curves and the summary."""
     policy, checkpoints, model_step = trainer.policy, options.out / "checkpoints", steps
     if options.keep_best and (kept := agreed_best_step(checkpoints, policy.processes)) is not None:
-        trainer.go_back_to(checkpoints, model_step := kept)
+        model_step = kept
+        _go_back(trainer, checkpoints, kept, out, options)
     weights = policy.weights()
     if broken := [name for name, weight in weights.items() if not weight.isfinite().all()]:
         raise NumericsError(
@@ -88,3 +93,33 @@ def finish(
         out.write_summary(summary)
     policy.processes.wait()
     return summary
+
+
+def _go_back(trainer: Trainer, checkpoints: Path, step: int, out: RunDirectory, options: TrainOptions) -> None:
+    """The policy as it was after the best step.
+
+    Raises:
+        UsageError: that checkpoint is damaged; the message names the one that takes its place once it is removed.
+    """
+    try:
+        trainer.go_back_to(checkpoints, step)
+    except DamagedCheckpointError as error:
+        newest = latest(checkpoints)
+        if newest is None or newest[0] == step:
+            raise
+        left = [
+            found
+            for found in evaluations(out.metrics.rows())
+            if found.step != step and (checkpoints / f"step-{found.step}").is_dir()
+        ]
+        assert options.keep_best
+        following = best(left, options.keep_best)
+        taken = (
+            f"the next best of those that are left, step-{following.step}, then becomes OUT/model"
+            if following
+            else "the policy after the last step then becomes OUT/model, since none of those that are left was evaluated"
+        )
+        raise UsageError(
+            f"{error.why} It is that of the best step by held-out {options.keep_best}. Put a copy of it back if there is one; "
+            f"or remove that directory and give the same command line again: {taken}."
+        ) from error

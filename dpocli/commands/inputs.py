@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.cache_writer import CacheWriter
 from dpocli.artifacts.destination import check_out
-from dpocli.artifacts.fingerprint import build_fingerprint
+from dpocli.artifacts.fingerprint import Fingerprint, build_fingerprint
 from dpocli.commands.tiles import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.loss_choice import LossChoice
@@ -125,6 +125,15 @@ def check_weights(loss: LossChoice, views: Sequence[PairView]) -> None:
             )
 
 
+def fingerprint_of_rows(
+    options: TrainOptions | EvaluateOptions, tokenizer: PreTrainedTokenizerBase, rows: Rows
+) -> Fingerprint:
+    """Of the pairs that the rows of `--data` become, without encoding them."""
+    return build_fingerprint(
+        options, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
+    )
+
+
 def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str | None = None) -> str:
     """The command that makes the cache of the rows that `options` name, read and encoded as they say.
 
@@ -180,9 +189,7 @@ def _encoded(
     terminal: Terminal,
     beside: PairStore | None,
 ) -> PairStore:
-    fingerprint = build_fingerprint(
-        options, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
-    )
+    fingerprint = fingerprint_of_rows(options, tokenizer, rows)
     if beside is not None and beside.fingerprint.digest == fingerprint.digest:
         return beside
     # A scratch directory may be shared by runs on other rows: there, each set of pairs has a name of its own.

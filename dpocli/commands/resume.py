@@ -2,19 +2,23 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dpocli.artifacts.cache_reader import PairStore
 from dpocli.artifacts.files import read_json
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, digest_json
 from dpocli.artifacts.model_files import ModelFiles
+from dpocli.commands.inputs import fingerprint_of_rows
 from dpocli.config.models import TrainOptions
 from dpocli.config.shared_options import NUMBERS_OF_LOSSES
+from dpocli.data.sources import open_rows
+from dpocli.engine.locate import load_tokenizer
 from dpocli.errors import UsageError
 from dpocli.options import load_options
 
 NEUTRAL = frozenset(
-    "out as_json device launcher shards cpu_offload scoring token_budget scratch data reference gradient_checkpointing step0_tolerance "  # noqa: SIM905
+    "out as_json device launcher shards cpu_offload scoring token_budget scratch data reference eval_reference gradient_checkpointing step0_tolerance "  # noqa: SIM905
     "max_minutes grace_seconds log_every save_every keep_last track eval_every dry_run".split()
 )
 """Options that cannot change a value of the run; and paths of pairs, whose contents the checkpoints remember."""
@@ -63,21 +67,36 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
     settings = identity.settings_digest(model)
     if summary.get("policy_settings", settings) != settings:  # an earlier version wrote no such thing
         found.append(f"the configuration of --model {options.model}")
-    if options.reference and options.reference.is_dir():
-        same_pairs = summary.get("pairs_digest") == PairStore.open(options.reference).fingerprint.digest
-    else:
-        same_pairs = summary.get("inputs") == inputs_of(options)
-    if not same_pairs:
+    digest = _pairs_digest(options, model)
+    if summary.get("pairs_digest") != digest if digest else summary.get("inputs") != inputs_of(options):
         found.append(f"the pairs of {', '.join(inputs_of(options))}")
-    held_out = options.eval_reference
-    remembered = summary.get("held_out_digest")  # an earlier version wrote no such thing
-    if held_out and remembered and held_out.is_dir() and remembered != PairStore.open(held_out).fingerprint.digest:
-        found.append(f"the held-out pairs of {held_out}")
+    if options.eval_reference and not _has_same_held_out(options.eval_reference, summary):
+        found.append(f"the held-out pairs of {options.eval_reference}")
     if found:
         raise UsageError(
             f"--out {options.out}: it holds a finished run, and {' and '.join(found)} are others than it was made with. Give "
             "another directory."
         )
+
+
+def _has_same_held_out(directory: Path, summary: Mapping[str, Any]) -> bool:
+    """Whether a finished run was made with the held-out cache at `directory`; by its path where its content is not known."""
+    remembered = summary.get("held_out_digest")  # an earlier version wrote no such thing
+    if remembered and directory.is_dir():
+        return bool(remembered == PairStore.open(directory).fingerprint.digest)
+    resolved = summary.get("options")
+    return not isinstance(resolved, Mapping) or resolved.get("eval_reference") in (None, str(directory))
+
+
+def _pairs_digest(options: TrainOptions, model: ModelFiles) -> str | None:
+    """Names the training pairs that stand there now; None where they are gone."""
+    if options.reference:
+        return PairStore.open(options.reference).fingerprint.digest if options.reference.is_dir() else None
+    try:
+        rows = open_rows(options)
+    except UsageError:
+        return None
+    return fingerprint_of_rows(options, load_tokenizer(model, options), rows).digest
 
 
 def inputs_of(options: TrainOptions) -> list[str]:
@@ -93,5 +112,10 @@ def run_digest(options: TrainOptions, store: PairStore) -> str:
 def _values(options: TrainOptions) -> dict[str, Any]:
     """What decides the run, with defaults filled in, so that saying a default is not another setting."""
     values = {name: getattr(options, name) for name in TrainOptions.model_fields if name not in NEUTRAL}
-    values |= {"loss": str(options.loss_choice()), "model": os.path.normpath(options.model)}
+    model = os.path.expanduser(options.model)
+    # One place may have several names, and a name on the hub has no place.
+    values |= {"model": os.path.realpath(model) if os.path.exists(model) else os.path.normpath(options.model)}
+    values |= {"loss": str(options.loss_choice())}
+    # Whether there is one; its content is compared where it is known.
+    values |= {"eval_reference": "a cache" if options.eval_reference else None}
     return {name: value for name, value in values.items() if name not in NUMBERS_OF_LOSSES}

@@ -177,6 +177,20 @@ def split_list(text: str) -> list[str]:
     return [part.strip() for part in re.split(r",(?![^()]*\))", text)]
 
 
+def names_in(text: str) -> list[str]:
+    """The losses that a list of sums names, in their order; none where it cannot be read, which is told elsewhere."""
+    try:
+        return [name for part in split_list(text) for _, name, _ in _parse(part)]
+    except UsageError:
+        return []
+
+
+def numbers_of(name: str) -> set[str]:
+    """The numbers that a loss takes: beta, where the formula has one, its hyperparameters and modifiers."""
+    spec = CATALOGUE[name]
+    return ({"beta"} if spec.beta is not None else set()) | set(spec.accepts)
+
+
 def text_of_terms(terms: object) -> str:
     """The text of a sum written out in YAML: a mapping with `name`, `weight` and numbers, or a list of such.
 

@@ -11,6 +11,8 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +26,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_file
+from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, code_hashes
+from dpocli.artifacts.model_files import ModelFiles
+from dpocli.artifacts.status import is_lost_peer, is_out_of_memory
 from dpocli.engine.best import best_step
 from dpocli.engine.checkpoint_state import STATE_NAME, DamagedCheckpointError, State
 from dpocli.engine.mesh import Processes
@@ -38,7 +43,9 @@ _NAME = re.compile(r"step-(\d+)")
 _MODEL = "model/"
 """With this begin the names of weights; those of moments with `optimizer/`."""
 _UNREADABLE = (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError, AssertionError)
-"""What the libraries raise for files that are missing, cut off, or of another model."""
+"""What the libraries raise for files that are missing, cut off, or of another model; `_no_damage` sorts out the rest."""
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors gives the number of an error of the system."""
 
 
 def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
@@ -145,10 +152,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
     Raises:
         UsageError: a file of the checkpoint is damaged, or it is that of another model.
     """
-    try:
+    with _another_wanted():
         _check_files(path, State.read(path))
-    except DamagedCheckpointError as error:
-        raise UsageError(f"{error.why} Give another checkpoint.") from error
     try:
         reader = HuggingFaceStorageReader(str(path))
         parameters = {f"{_MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
@@ -157,10 +162,48 @@ def load_weights(path: Path, model: nn.Module) -> None:
             warnings.simplefilter("ignore")  # that a process reads for itself is what is wanted
             state_dict_loader.load({name: parameters[name] for name in stored}, storage_reader=reader, no_dist=True)
     except _UNREADABLE as error:
+        if other := _no_damage(error, path):
+            raise other from error
         raise UsageError(
             f"The checkpoint {path} cannot be read ({_in_words(error)}): a file of it is damaged, or the model that it was "
             "trained from has changed."
         ) from error
+
+
+def check_base(files: ModelFiles) -> None:
+    """Raises UsageError where an adapter's checkpoint is looked at on another model than it was trained on.
+
+    Only an adapter: a checkpoint of all weights takes none from the model. Files whose hashes the run noted are not
+    read again while they are as they were.
+    """
+    path = files.checkpoint
+    if path is None or files.adapter_settings is None:
+        return
+    with _another_wanted():
+        state = State.read(path)
+    if state.model_weights is None:  # of an earlier version
+        return
+    quantization = Provenance.of(path).quantization
+    memory = _hashes_of_the_run(path.resolve().parent.parent / HASH_MEMORY_NAME)
+    base = ModelFiles(files.directory, files.adapter, quantization, files.runs_code)
+    identity = base.identity(memory)
+    differing = ["weights"] if state.model_weights != identity.weights_digest else []
+    # Whether the code beside the model counts was decided by --trust-remote-code of the training.
+    settings = {replace(identity, code=code).settings_digest(base) for code in ({}, code_hashes(base.directory))}
+    if state.model_settings is not None and state.model_settings not in settings:
+        differing.append("configuration")
+    if differing:
+        on = f" with the adapter {files.adapter} on it" if files.adapter else ""
+        raise UsageError(
+            f"--model {path}: this checkpoint is an adapter that was trained on {files.directory}{on}, whose "
+            f"{' and '.join(differing)} have changed since. Put that model back as it was, or give another checkpoint."
+        )
+
+
+@cache
+def _hashes_of_the_run(path: Path) -> HashMemory:
+    """What a run noted; several of its checkpoints may be looked at."""
+    return HashMemory(path, is_kept=False)
 
 
 def set_aside(path: Path) -> Path:
@@ -228,14 +271,22 @@ def _not_written(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def _another_wanted() -> Iterator[None]:
+    """Damage in the block, as an error of somebody who only looks at a checkpoint."""
+    try:
+        yield
+    except DamagedCheckpointError as error:
+        raise UsageError(f"{error.why} Give another checkpoint.") from error
+
+
+@contextmanager
 def _not_read(path: Path) -> Iterator[None]:
     """What goes wrong in the block, as an error of reading the checkpoint `path`."""
     try:
         yield
     except _UNREADABLE as error:
-        cause = _cause(error)
-        if isinstance(cause, OSError) and cause.errno not in (None, errno.ENOENT):
-            raise file_error_in_words(cause, f"Reading {path}") from error  # of the disk, or of rights: it may be whole
+        if other := _no_damage(error, path):
+            raise other from error
         raise DamagedCheckpointError(path, _in_words(error)) from error
 
 
@@ -260,9 +311,46 @@ def _check_files(path: Path, state: State) -> None:
             raise DamagedCheckpointError(path, f"{name} has {found:,} bytes, and {size:,} were written")
 
 
+def _no_damage(error: BaseException, path: Path) -> BaseException | None:
+    """What is to be raised where reading the checkpoint `path` failed and it may be whole all the same; else None.
+
+    That is so where memory or open files ran out, another process is gone, or the disk or rights are at fault.
+    """
+    causes = _causes(error)
+    if short := next((cause for cause in causes if is_out_of_memory(cause) or is_lost_peer(cause)), None):
+        return short
+    for cause in causes:
+        number = _system_error(cause)
+        if number == errno.ENOMEM:
+            return MemoryError(str(cause))
+        if number not in (None, errno.ENOENT):
+            return file_error_in_words(OSError(number, ""), f"Reading {path}")
+        # safetensors says of every file that it cannot open that it is not there.
+        named = str(cause).partition("No such file or directory: ")[2].strip()
+        if number is None and isinstance(cause, FileNotFoundError) and os.path.isfile(named):
+            return ResourceError(
+                f"Reading {named} failed: it is there and cannot be opened, as where too many files are open (ulimit -n). See to "
+                "it, and run the same line again."
+            )
+    return None
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The number of an error of the system, or of one that safetensors wraps."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    match = _SYSTEM_ERROR.search(str(error)) if isinstance(error, OSError | SafetensorError) else None
+    return int(match[1]) if match else None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """What the processes met, where several exchanged what they met."""
+    found = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else []
+    return found or [error]
+
+
 def _cause(error: BaseException) -> BaseException:
-    """What a process met, where several exchanged what they met."""
-    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+    return _causes(error)[0]
 
 
 def _in_words(error: BaseException) -> str:

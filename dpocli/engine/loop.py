@@ -69,8 +69,8 @@ def run_steps(
         text := lost_rows_warning(out.metrics.path, out.metrics.rows(), done, trainer.rows_before, options)
     ):
         narration.warn(text)
-    row = _row_without_evaluation(out, done)
-    narration.go_on(out.metrics.rows()[: -1 if row and done else None])
+    row = _row_without_evaluation(out, done, trainer.schedule.steps_per_epoch)
+    narration.go_on([known for known in out.metrics.rows() if not (row and is_due(done)) or known["step"] != done])
     # One process looks at the file, and all go by it.
     if is_due(done) and trainer.processes.any(trainer.processes.is_first and row is not None):
         if (evaluated := evaluation(done)) is None:
@@ -118,13 +118,15 @@ def _naming_the_last_good(trainer: Trainer, checkpoints: Path) -> Iterator[None]
         raise NumericsError(f"{error} The last good checkpoint: {good or 'there is none'}.") from error
 
 
-def _row_without_evaluation(out: RunDirectory, done: int) -> dict[str, float] | None:
+def _row_without_evaluation(out: RunDirectory, done: int, steps_per_epoch: int) -> dict[str, float] | None:
     """The row of the last step that is done, where its held-out evaluation was cut short.
 
-    Before the first step that is a row of nothing but its number: the policy is measured before it is trained.
+    Before the first step that is a row of nothing but its number: the policy is measured before it is trained. So is it
+    where the row is gone, as after a kill between taking it away and putting it back with its evaluation.
     """
     if not done:
         return {"step": 0}
     rows = out.metrics.rows()
-    is_cut_short = bool(rows) and rows[-1]["step"] == done and not any(name.startswith("eval/") for name in rows[-1])
-    return rows[-1] if is_cut_short else None
+    if not rows or rows[-1]["step"] != done:
+        return {"step": done, "epoch": done / steps_per_epoch}
+    return None if any(name.startswith("eval/") for name in rows[-1]) else rows[-1]

@@ -6,6 +6,7 @@ forward, where it is a plain tensor. (The head in a group of its own gives silen
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def frozen_scorer(
     Raises:
         UsageError: the model cannot be loaded, or not spread.
     """
+    if files.checkpoint:
+        team.first_does(partial(checkpoint.check_base, files))
     is_spread = team.count > 1
     model = (load_spread if is_spread else load_model)(files, options, dtype, team.device)
     scorer = PairScorer(model, collision=collision, token_budget=budget, device=team.device)

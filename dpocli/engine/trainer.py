@@ -186,8 +186,9 @@ class Trainer:
             checkpoint.remove_unfinished(checkpoints)
         damage: list[tuple[Path, DamagedCheckpointError]] = []
         before: int | None = None
-        while found := self.processes.from_first(checkpoint.latest(checkpoints, up_to=before)):
-            step, path = found
+        # The number, not the path: the directory may have another name on another machine.
+        while step := self.processes.from_first((checkpoint.latest(checkpoints, up_to=before) or (0,))[0]):
+            path = checkpoints / f"step-{step}"
             try:
                 state = self._load(path)
                 break

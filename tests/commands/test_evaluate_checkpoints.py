@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.commands.broken_inputs import replace_json
 from tests.commands.conftest import MODEL, Run, quiet
@@ -71,6 +72,37 @@ def test_the_checkpoints_of_a_run_are_told_as_one(
 def test_runs_of_other_settings_are_told_apart(runs: Mapping[str, Path]) -> None:
     names = [json.loads((run / "model" / "dpocli.json").read_text())["run"] for run in runs.values()]
     assert len(set(names)) == len(runs)
+
+
+def change_weights(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    next(iter(tensors.values())).mul_(1.25)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(model: Path) -> None:
+    replace_json(model / "config.json", lambda config: config.update(rms_norm_eps=1e-3))
+
+
+@pytest.mark.parametrize(("change", "words"), [(change_weights, "weights"), (change_config, "configuration")])
+def test_an_adapter_needs_its_base_as_it_was(
+    cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run, change: Callable[[Path], None], words: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    for kind in ("lora", "full"):
+        line = ("train", "--model", model, "--reference", cache, "--out", tmp_path / kind, "--max-steps", 1)
+        quiet(*line, *SETTINGS, *KINDS[kind])
+    line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--model")
+    adapter, full = (tmp_path / kind / "checkpoints" / "step-1" for kind in ("lora", "full"))
+    assert dpocli(*line, adapter).code == 0
+    change(model)
+    result = dpocli(*line, adapter)
+    assert result.code == 2, result.err
+    said = " ".join(result.err.split())
+    assert f"--model {adapter}: this checkpoint is an adapter that was trained on {model}, whose {words} have" in said
+    if change is change_weights:
+        assert dpocli(*line, full).code == 0, "it holds all weights"
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -7,19 +7,23 @@ import subprocess
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from traceback import StackSummary
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dpocli.commands import finish, train
 from dpocli.engine import checkpoint, shared_out
 from dpocli.engine import trainer as trainer_module
+from dpocli.engine.narration import Narration
 from dpocli.engine.saved_model import save_model
 from dpocli.engine.trainer import Trainer
 from tests.commands.broken_inputs import replace_json
-from tests.commands.conftest import MODEL, Result, Run, metrics_of, quiet
+from tests.commands.conftest import MODEL, TRAIN, Result, Run, metrics_of, quiet
 from tests.commands.ranks import ended
 
 SETTINGS = ("--learning-rate", "1e-3", "--batch-size", 8, "--max-steps", 4, "--save-every", 1, "--keep-last", 9)
@@ -165,6 +169,44 @@ def test_other_held_out_pairs_under_the_same_name(
     assert dpocli(*line).code == 0, "a cache may be deleted when all is done"
 
 
+def test_other_names_of_the_same_content(
+    undisturbed: Path, stopped: Path, line: Line, held_out_cache: Path, cache: Path, tmp_path: Path, dpocli: Run
+) -> None:
+    (model := tmp_path / "model").symlink_to(MODEL)
+    moved = tmp_path / "held-out"
+    shutil.copytree(held_out_cache, moved)
+    other = {held_out_cache: moved, MODEL: model}
+    finished = tmp_path / "finished"
+    shutil.copytree(undisturbed, finished)
+    renamed = [other.get(word, word) if isinstance(word, Path) else word for word in line]
+    assert dpocli(*renamed, "--out", finished).code == 0
+    assert_goes_on(dpocli(*renamed, "--out", stopped), 2)
+    for changed, words in (
+        ([cache if word == held_out_cache else word for word in line], f"the held-out pairs of {cache}"),
+        ([tmp_path / "gone" if word == held_out_cache else word for word in line], f"of {tmp_path / 'gone'}"),
+        ([word for word in line if word not in ("--eval-reference", held_out_cache)], ""),
+    ):
+        assert_refused(dpocli(*changed, "--out", finished), words)
+
+
+def test_a_finished_run_on_rows_knows_them_by_content(tmp_path: Path, dpocli: Run) -> None:
+    data, elsewhere = tmp_path / "t.jsonl", tmp_path / "elsewhere.jsonl"
+    rows = TRAIN.read_text().splitlines(keepends=True)
+    data.write_text("".join(rows[:16]))
+    line = ("train", "--model", MODEL, "--loss", "simpo", *SETTINGS, "--max-steps", 1, "--out", tmp_path / "run")
+    assert dpocli(*line, "--data", data).code == 0
+    shutil.copy(data, elsewhere)
+    for path in (data, elsewhere):
+        result = dpocli(*line, "--data", path)
+        assert result.code == 0, result.err
+        assert "nothing to do" in result.out + result.err
+    data.write_text("".join(rows[16:32]))
+    assert_refused(dpocli(*line, "--data", data), "a finished run", f"the pairs of {data}")
+    data.unlink()
+    assert dpocli(*line, "--data", data).code == 0, "rows may be deleted when all is done"
+    assert_refused(dpocli(*line, "--data", tmp_path / "nowhere.jsonl"), "nowhere.jsonl")
+
+
 # whose checkpoint it is
 
 
@@ -254,6 +296,41 @@ def test_where_all_are_damaged_nothing_is_touched(stopped: Path, line: Line, dpo
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"best.json", "step-1", "step-2"}
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "Out of memory: CUDA"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "Out of memory"),
+        (MemoryError(), "Out of memory"),
+        (SafetensorError("Error while reading: Cannot allocate memory (os error 12)"), "Out of memory"),
+        (OSError(24, "Too many open files"), "too many open files"),
+        (SafetensorError("Error while reading: Too many open files (os error 24)"), "too many open files"),
+        (SafetensorError("Input/output error (os error 5)"), "input/output error"),
+        (FileNotFoundError(f"No such file or directory: {MODEL / 'model.safetensors'}"), "cannot be opened"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else type(value).__name__,
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_shortage_is_no_damage(
+    error: Exception, words: str, wrapped: bool, stopped: Path, line: Line, held_out_cache: Path, dpocli: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    met = CheckpointException("load", {0: (error, StackSummary.from_list([]))}) if wrapped else error
+
+    def short(*_: object, **__: object) -> None:
+        raise met
+
+    monkeypatch.setattr(checkpoint.state_dict_loader, "load", short)
+    place = stopped / "checkpoints" / "step-2"
+    judged = ("evaluate", "--model", place, "--reference", held_out_cache, "--out", stopped.parent / "report")
+    for result in (dpocli(*line, "--out", stopped), dpocli(*judged)):
+        assert result.code == 7, result.err
+        assert words in said(result), result.err
+        assert "damaged" not in result.err
+        assert "Remove" not in result.err
+    assert {path.name for path in place.parent.iterdir()} == {"best.json", "step-1", "step-2"}
+
+
 def test_a_second_damaged_one_of_the_same_step_gets_a_name_of_its_own(tmp_path: Path) -> None:
     for _ in range(3):
         (tmp_path / "step-2").mkdir()
@@ -261,6 +338,26 @@ def test_a_second_damaged_one_of_the_same_step_gets_a_name_of_its_own(tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".damaged-step-2", ".damaged-step-2-2", ".damaged-step-2-3",
     ]  # fmt: skip
+
+
+def test_a_damaged_best_one_that_is_not_the_newest(undisturbed: Path, line: Line, tmp_path: Path, dpocli: Run) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed, out)
+    shutil.rmtree(out / "model")
+    (out / "summary.json").unlink()
+    rows = metrics_of(out)
+    rows[1]["eval/loss"] = 0.0
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    following = int(min(rows[2:], key=lambda row: row["eval/loss"])["step"])
+    place = out / "checkpoints" / "step-1"
+    cut_off(place)
+    words = (place, "that of the best step by held-out loss", f"step-{following}, then becomes OUT/model")
+    result = dpocli(*line, "--out", out)
+    assert_refused(result, *words)
+    assert "goes on from the checkpoint before" not in said(result)
+    shutil.rmtree(place)
+    assert_goes_on(dpocli(*line, "--out", out), 4)
+    assert json.loads((out / "summary.json").read_text())["model_step"] == following
 
 
 # what is told
@@ -284,6 +381,32 @@ def test_the_best_so_far_stays_the_best_without_its_row(stopped: Path, line: Lin
     (stopped / "metrics.jsonl").unlink()
     assert_goes_on(dpocli(*line, "--out", stopped), 2, "best.json")
     assert json.loads((stopped / "summary.json").read_text())["model_step"] == 1
+
+
+def test_a_kill_before_the_row_is_back_does_not_lose_the_evaluation(
+    stopped: Path, undisturbed: Path, line: Line, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped / "metrics.jsonl"
+    rows = metrics_of(stopped)
+    rows[-1] = {name: value for name, value in rows[-1].items() if not name.startswith("eval/")}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (stopped / "checkpoints" / "best.json").unlink()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Narration, "log", killed)
+        assert dpocli(*line, "--out", stopped).code == 130
+    assert [row["step"] for row in metrics_of(stopped)] == [0, 1]
+    assert_goes_on(dpocli(*line, "--out", stopped), 2)
+    expected, found = metrics_of(undisturbed), metrics_of(stopped)
+    expected[2] = {name: expected[2][name] for name in expected[2] if name in found[2]}
+    assert found == expected
+    assert {"step", "epoch", "eval/loss", "eval/rewards/accuracies"} <= found[2].keys()
+    assert (stopped / "checkpoints" / "best.json").read_bytes() == (
+        undisturbed / "checkpoints" / "best.json"
+    ).read_bytes()
 
 
 def test_no_row_is_missed_where_none_is_gone(stopped: Path, line: Line, dpocli: Run) -> None:
@@ -436,6 +559,19 @@ def test_all_go_by_the_checkpoint_that_the_first_process_sees(stopped: Path, lin
     codes, words = ended(2, *line, "--out", stopped, prepare=blind)
     assert codes == [2, 2], words
     assert "the first process sees this checkpoint, and process 1 does not" in " ".join(words.split())
+
+
+def test_the_output_directory_may_have_another_name_on_the_first_machine(
+    stopped: Path, line: Line, dpocli: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = checkpoint.latest
+
+    def mounted_elsewhere(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
+        found = plain(directory, up_to)
+        return found and (found[0], Path("/mnt/elsewhere") / found[1].name)
+
+    monkeypatch.setattr(checkpoint, "latest", mounted_elsewhere)
+    assert_goes_on(dpocli(*line, "--out", stopped), 2)
 
 
 def test_two_processes_go_back_together(stopped: Path, undisturbed: Path, line: Line) -> None:
