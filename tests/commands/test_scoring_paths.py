@@ -198,7 +198,7 @@ def test_evaluate_reports_the_same_in_every_way(runs: dict[str, Path], tmp_path:
         )  # fmt: skip
         assert result.code == 0, result.err
         reports[layout] = result.json
-        assert reports[layout]["scoring"].keys() == RECORD
+        assert reports[layout]["scoring"].keys() == RECORD | {"processes"}
         assert reports[layout]["scoring"]["scoring"] == layout
     for layout in ("shared", "packed"):
         assert_close(reports[layout], reports["padded"])
