@@ -1,4 +1,4 @@
-"""The models that `evaluate` compares: where they lie, how they are judged, and in which order."""
+"""The models that `evaluate` compares: where they lie, how they are judged, and what their training took."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -12,7 +12,7 @@ from dpocli.commands.resume import inputs_of
 from dpocli.commands.run_summary import facts
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
-from dpocli.engine.checkpoint import latest
+from dpocli.engine.checkpoint_directory import latest
 from dpocli.engine.checkpoint_state import DamagedCheckpointError
 from dpocli.engine.course import agreed_best_step
 from dpocli.engine.evaluations import best, evaluations

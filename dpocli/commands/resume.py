@@ -18,8 +18,12 @@ from dpocli.errors import UsageError
 from dpocli.options import load_options
 
 NEUTRAL = frozenset(
-    "out as_json device launcher shards cpu_offload scoring token_budget scratch data reference eval_reference gradient_checkpointing step0_tolerance "  # noqa: SIM905
-    "max_minutes grace_seconds log_every save_every keep_last track eval_every dry_run".split()
+    {
+        *("out", "as_json", "device", "launcher", "shards", "cpu_offload", "scratch", "track", "dry_run"),
+        *("scoring", "token_budget", "gradient_checkpointing", "step0_tolerance"),
+        *("data", "reference", "eval_reference"),
+        *("max_minutes", "grace_seconds", "log_every", "save_every", "keep_last", "eval_every"),
+    }
 )
 """Options that cannot change a value of the run; and paths of pairs, whose contents the checkpoints remember."""
 

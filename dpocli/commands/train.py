@@ -20,7 +20,7 @@ from dpocli.commands.run_summary import no_better_warning, render, truncation_wa
 from dpocli.commands.step0_check import check_step0
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
-from dpocli.engine.checkpoint import latest
+from dpocli.engine.checkpoint_directory import latest
 from dpocli.engine.checkpoint_state import Content
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.locate import load_tokenizer, locate_model

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ from dpocli.artifacts.files import file_error_in_words, sync_directory, sync_fil
 from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, code_hashes
 from dpocli.artifacts.model_files import ModelFiles
 from dpocli.artifacts.status import is_lost_peer, is_out_of_memory
-from dpocli.engine.best import best_step
+from dpocli.engine.checkpoint_directory import remove_old
 from dpocli.engine.checkpoint_state import STATE_NAME, DamagedCheckpointError, State
 from dpocli.engine.mesh import Processes
 from dpocli.engine.saved_model import Provenance
@@ -39,24 +38,12 @@ from dpocli.errors import ResourceError, UsageError, in_words
 if TYPE_CHECKING:
     from dpocli.engine.policy import Policy
 
-_NAME = re.compile(r"step-(\d+)")
 _MODEL = "model/"
 """With this begin the names of weights; those of moments with `optimizer/`."""
 _UNREADABLE = (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError, AssertionError)
 """What the libraries raise for files that are missing, cut off, or of another model; `_no_damage` sorts out the rest."""
 _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors gives the number of an error of the system."""
-
-
-def latest(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
-    """Step and path of the newest checkpoint, or None. A half-written one has another name and is never seen.
-
-    Args:
-        directory: of all checkpoints of the run.
-        up_to: the last step to be looked at, where not all count.
-    """
-    found = [(int(match[1]), path) for path in _entries(directory) if (match := _NAME.fullmatch(path.name))]
-    return max((entry for entry in found if up_to is None or entry[0] <= up_to), default=None)
 
 
 def save(
@@ -206,23 +193,6 @@ def _hashes_of_the_run(path: Path) -> HashMemory:
     return HashMemory(path, is_kept=False)
 
 
-def set_aside(path: Path) -> Path:
-    """Gives a damaged checkpoint a name under which no start looks for one, and returns it. Nothing is removed."""
-    wanted = path.with_name(f".damaged-{path.name}")
-    names = (wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}") for number in count(1))
-    free = next(name for name in names if not name.exists())
-    path.rename(free)
-    sync_directory(path.parent)
-    return free
-
-
-def remove_unfinished(directory: Path) -> None:
-    """Clears what a killed writer left behind."""
-    for path in _entries(directory):
-        if path.name.startswith(".step-"):
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def _weights(policy: "Policy") -> dict[str, Tensor]:
     return {f"{_MODEL}{name}": parameter.detach() for name, parameter in policy.masters}
 
@@ -360,27 +330,3 @@ def _in_words(error: BaseException) -> str:
     if isinstance(cause, RuntimeError | ValueError) and " " in str(cause):
         return in_words(cause)
     return "a file of tensors is cut off or damaged"
-
-
-def remove_old(directory: Path, keep_last: int, sound_step: int) -> None:
-    """Removes checkpoints that nobody needs any more.
-
-    What stays: the newest `keep_last`; the one that `best.json` names, which does not count among these; and the newest
-    one up to `sound_step`, whether it is among these or not. A checkpoint is only known to be good when the step after
-    it went well: with `keep_last` 1 there are two of them, since the newest one alone may hold weights that an update
-    has just broken. With 2 or more this takes no more room.
-
-    Args:
-        directory: of all checkpoints.
-        keep_last: at least 1.
-        sound_step: the last step whose weights are known to be good.
-    """
-    steps = sorted(int(match[1]) for path in _entries(directory) if (match := _NAME.fullmatch(path.name)))
-    best, sound = best_step(directory), latest(directory, up_to=sound_step)
-    for step in [step for step in steps if step != best][:-keep_last]:
-        if sound is None or step != sound[0]:
-            shutil.rmtree(directory / f"step-{step}", ignore_errors=True)
-
-
-def _entries(directory: Path) -> list[Path]:
-    return list(directory.iterdir()) if directory.is_dir() else []

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpocli.config.models import TrainOptions
 from dpocli.engine.best import BestCheckpoint, best_step
-from dpocli.engine.checkpoint import remove_old
+from dpocli.engine.checkpoint_directory import remove_old
 from dpocli.engine.evaluations import evaluations, has_stalled
 from dpocli.engine.mesh import Processes
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpocli.artifacts.status import is_out_of_memory
 from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import TrainOptions
-from dpocli.engine import checkpoint
+from dpocli.engine import checkpoint, checkpoint_directory
 from dpocli.engine.account import Account
 from dpocli.engine.back_off import BackOff
 from dpocli.engine.checkpoint_state import Budget, Content, DamagedCheckpointError, Spent, State
@@ -183,11 +183,11 @@ class Trainer:
             UsageError: it was made from something else than there is now; or none is whole.
         """
         if self.processes.is_first:
-            checkpoint.remove_unfinished(checkpoints)
+            checkpoint_directory.remove_unfinished(checkpoints)
         damage: list[tuple[Path, DamagedCheckpointError]] = []
         before: int | None = None
         # The number, not the path: the directory may have another name on another machine.
-        while step := self.processes.from_first((checkpoint.latest(checkpoints, up_to=before) or (0,))[0]):
+        while step := self.processes.from_first((checkpoint_directory.latest(checkpoints, up_to=before) or (0,))[0]):
             path = checkpoints / f"step-{step}"
             try:
                 state = self._load(path)
@@ -200,7 +200,7 @@ class Trainer:
                 raise damage[0][1]
             return 0
         for broken, found_there in damage:
-            kept = self.processes.first_does(partial(checkpoint.set_aside, broken))
+            kept = self.processes.first_does(partial(checkpoint_directory.set_aside, broken))
             warn(f"{found_there.why} The run goes on from {path.name} instead; the damaged one is kept as {kept}.")
         self.account.go_on(state.account.model_dump() if state.account else {})
         self.rows_before = state.rows
@@ -213,7 +213,7 @@ class Trainer:
 
     def last_sound_checkpoint(self, checkpoints: Path) -> Path | None:
         """The newest whose weights are known to be good; None where there is none."""
-        found = checkpoint.latest(checkpoints, up_to=self.sound_step)
+        found = checkpoint_directory.latest(checkpoints, up_to=self.sound_step)
         return found and found[1]
 
     def _load(self, path: Path) -> State:

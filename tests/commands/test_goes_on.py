@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpocli.commands import finish, train
-from dpocli.engine import checkpoint, shared_out
+from dpocli.engine import checkpoint, checkpoint_directory, shared_out
 from dpocli.engine import trainer as trainer_module
 from dpocli.engine.narration import Narration
 from dpocli.engine.saved_model import save_model
@@ -334,7 +334,7 @@ def test_a_shortage_is_no_damage(
 def test_a_second_damaged_one_of_the_same_step_gets_a_name_of_its_own(tmp_path: Path) -> None:
     for _ in range(3):
         (tmp_path / "step-2").mkdir()
-        checkpoint.set_aside(tmp_path / "step-2")
+        checkpoint_directory.set_aside(tmp_path / "step-2")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".damaged-step-2", ".damaged-step-2-2", ".damaged-step-2-3",
     ]  # fmt: skip
@@ -564,13 +564,13 @@ def test_all_go_by_the_checkpoint_that_the_first_process_sees(stopped: Path, lin
 def test_the_output_directory_may_have_another_name_on_the_first_machine(
     stopped: Path, line: Line, dpocli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = checkpoint.latest
+    plain = checkpoint_directory.latest
 
     def mounted_elsewhere(directory: Path, up_to: int | None = None) -> tuple[int, Path] | None:
         found = plain(directory, up_to)
         return found and (found[0], Path("/mnt/elsewhere") / found[1].name)
 
-    monkeypatch.setattr(checkpoint, "latest", mounted_elsewhere)
+    monkeypatch.setattr(checkpoint_directory, "latest", mounted_elsewhere)
     assert_goes_on(dpocli(*line, "--out", stopped), 2)
 
 

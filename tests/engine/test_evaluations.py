@@ -9,7 +9,7 @@ import torch
 from dpocli.artifacts.files import write_json
 from dpocli.config.models import TrainOptions
 from dpocli.engine.best import BestCheckpoint, best_step
-from dpocli.engine.checkpoint import latest, remove_old
+from dpocli.engine.checkpoint_directory import latest, remove_old
 from dpocli.engine.course import Course
 from dpocli.engine.evaluations import Evaluation, best, evaluations, has_stalled
 from dpocli.engine.mesh import Processes
