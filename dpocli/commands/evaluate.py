@@ -1,7 +1,7 @@
 """`dpocli evaluate`: is a model better than where it started, how sure are we, and on what?"""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from dpocli.commands.candidates import Candidate, candidates
 from dpocli.commands.gates import check_gates, judge_gates
 from dpocli.commands.inputs import Inputs, check_inputs, check_weights
 from dpocli.commands.showcase import remove_report, showcase, write_page
+from dpocli.config.loss_choice import LossChoice
 from dpocli.config.models import EvaluateOptions
 from dpocli.engine.exactness import sample, settle
 from dpocli.engine.mesh import Processes, joined, pick_device
@@ -126,7 +127,7 @@ class Job:
         budget = token_budget(self.options.token_budget, self.processes.device)
         scorer = frozen_scorer(model.files, model.options, dtype, team, budget, collision=wanted.collision)
         scored, throughput = self._scored(scorer, wanted)
-        noise = _noise(dtype, self.store)
+        noise = _noise(dtype, self.store, losses.values())
         _check_finite(scored.rows, scored.logps.matrix().numpy(), "log-probs")
         table = PairTable.of(scored, losses, model.states, noise)
         for name in losses:
@@ -158,10 +159,12 @@ def _dtype(options: EvaluateOptions, store: PairStore, device: torch.device) -> 
     return pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
 
 
-def _noise(dtype: torch.dtype, store: PairStore) -> float:
-    """How far rounding may move a token's log-ratio, nats: as far as the rougher of the two dtypes that it is made in."""
-    reference = getattr(torch, store.fingerprint.dtype) if store.has_reference and store.fingerprint.dtype else dtype
-    return max(TOLERANCE[dtype], TOLERANCE[reference])
+def _noise(dtype: torch.dtype, store: PairStore, losses: Iterable[LossChoice]) -> float:
+    """How far rounding may move a token's log-prob, nats; or its log-ratio, where a loss looks at the reference: as far as
+    the rougher of the two dtypes that it is made in."""
+    if not any(loss.needs_reference for loss in losses) or not store.fingerprint.dtype:
+        return TOLERANCE[dtype]
+    return max(TOLERANCE[dtype], TOLERANCE[getattr(torch, store.fingerprint.dtype)])
 
 
 def _check_slices(names: Sequence[str], store: PairStore) -> None:

@@ -169,7 +169,7 @@ class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
     model: Several = option(
         ...,
         Panel.MAIN,
-        "model: a local directory or a hub id; repeatable: the first is compared with each other on the same pairs",
+        "model: a local directory, a run's checkpoint or a hub id; repeatable: the first is compared with each other",
     )
     reference: Path | None = option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
     show_pairs: int = option(

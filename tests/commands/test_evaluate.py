@@ -363,6 +363,9 @@ def test_the_noise_is_that_of_the_rougher_dtype(tmp_path: Path, dpocli: Run) -> 
     result = dpocli(*line)
     assert result.code == 0, result.err
     assert result.json["rewards/within_noise"] == 1.0
+    apart = dpocli(*line, "--loss", "simpo")  # which looks at no reference
+    assert apart.code == 0, apart.err
+    assert apart.json["rewards/within_noise"] < 0.5
 
 
 @pytest.mark.parametrize("gate", ["margin_difference>=-9", "margin_difference_low>=-9"])
