@@ -2,7 +2,7 @@
 
 from typing import NoReturn
 
-from dpocli.engine.stop import EarlyStop
+from dpocli.distributed.signals import EarlyStop
 
 
 def main() -> NoReturn:

@@ -17,13 +17,14 @@ import typer
 import yaml
 
 from dpocli import __version__
-from dpocli.artifacts.status import Outcome, is_recorded, record_failure
-from dpocli.config.models import EvaluateOptions, PrecomputeOptions, TrainOptions
-from dpocli.config.shared_options import Options
-from dpocli.engine.stop import EarlyStop
-from dpocli.errors import ExitCode, UsageError
-from dpocli.options import COMMANDS, explain_unknown, load_options, options_of, signature_of
-from dpocli.terminal import Terminal, lone_process_warning, rank_from_environment, silence
+from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
+from dpocli.config.flags import COMMANDS, explain_unknown, options_of, signature_of
+from dpocli.config.options import Options
+from dpocli.config.parsing import load_options
+from dpocli.console.console import Terminal, lone_process_warning, rank_from_environment, silence
+from dpocli.distributed.signals import EarlyStop
+from dpocli.errors import ExitCode, UsageError, is_recorded
+from dpocli.run.status import Outcome, record_failure
 
 OptionsModel = TypeVar("OptionsModel", bound=Options)
 

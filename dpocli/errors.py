@@ -4,6 +4,8 @@ Anything a user can cause raises one of these, with a message of one short parag
 found, and the command or setting that mends it. `assert` is for what cannot happen.
 """
 
+import errno
+import re
 from enum import IntEnum
 
 
@@ -81,3 +83,68 @@ def in_words(error: Exception) -> str:
     """The first line of what a library says, with the kind of error where that is a mere name or nothing."""
     line = (str(error).strip().splitlines() or [""])[0].rstrip(" .:")
     return line if " " in line else f"{type(error).__name__} {line}".rstrip()
+
+
+def classify(error: BaseException) -> tuple[ExitCode, str]:
+    """Exit code and message of an error that ends a command."""
+    if isinstance(error, DpoError):
+        return error.exit_code, str(error)
+    if isinstance(error, StopSignal):
+        return (
+            ExitCode.PREEMPTED,
+            "Stopped on request before there was anything to save. The same command line starts again.",
+        )
+    if isinstance(error, KeyboardInterrupt):
+        return ExitCode.INTERRUPTED, "Interrupted. The same command line goes on from what is saved."
+    if is_out_of_memory(error):
+        first_line = str(error).partition("\n")[0]
+        return ExitCode.RESOURCES, f"Out of memory: {first_line or 'no more to be had'}. Try a smaller --token-budget."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ExitCode.RESOURCES, f"{error.filename or 'The output'}: {error.strerror}. Make room and start again."
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
+        return ExitCode.USAGE, f"{error.filename}: {error.strerror}."
+    if is_lost_peer(error):
+        return ExitCode.RESOURCES, (
+            "Another process of this run has ended, or cannot be reached any more; what it said stands above, or in its own log. "
+            "The same command line goes on from what is saved."
+        )
+    return ExitCode.BUG, (
+        f"{type(error).__name__}: {error}. This is a bug in dpocli: please report it with the traceback and the command."
+    )
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an exception says that a process on the other side of an exchange is gone; told without importing torch."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"DistNetworkError", "DistBackendError", "DistStoreError"}) or (
+        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+    )
+
+
+_LOST_PEER = re.compile(
+    r"Connection (closed|reset) by (remote )?peer|Broken pipe.*gloo|gloo.*(Timed out|timeout)", re.DOTALL
+)
+
+_OUT_OF_MEMORY = re.compile(
+    r"DefaultCPUAllocator: |CUDA error: out of memory|\b[A-Z]+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED\b"
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on the host or on a device; told without importing torch."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return (
+        bool(names & {"MemoryError", "OutOfMemoryError"})
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error))))
+    )
+
+
+def mark_recorded(error: BaseException) -> None:
+    """Says that nobody has to note this error any more: the status has it, or must not."""
+    error.__dict__["recorded_by_dpocli"] = True
+
+
+def is_recorded(error: BaseException) -> bool:
+    """Whether `mark_recorded` was told of it."""
+    return bool(error.__dict__.get("recorded_by_dpocli"))

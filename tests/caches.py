@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.cache.reader import PairStore
+from dpocli.cache.writer import CacheWriter
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 
 Bits = tuple[bytes, ...]

@@ -8,7 +8,7 @@ import pytest
 @pytest.fixture(autouse=True, scope="session")
 def _short_probe() -> Iterator[None]:
     """Every summary of a command measures the rate of a large product; here one product is enough."""
-    from dpocli.engine import throughput
+    from dpocli.scoring import throughput
 
     before = throughput.PROBE_SECONDS
     throughput.PROBE_SECONDS = 0.0

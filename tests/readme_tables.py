@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from dpocli.config.catalogue import CATALOGUE, LossSpec, losses_using
 from dpocli.config.hyperparameters import MODIFIERS, Hyperparameter, Need, Value
+from dpocli.config.losses import CATALOGUE, LossSpec, losses_using
 
 README = Path(__file__).parent.parent / "README.md"
 MODIFIER_NAMES = [parameter.name for parameter in MODIFIERS]

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from dpocli.artifacts.pair_table import PairTable
-from dpocli.artifacts.shown_pairs import Showcase, ShownPair, ShownToken
-from dpocli.config.loss_choice import LossChoice
+from dpocli.config.loss_expression import LossChoice
+from dpocli.evaluation.pair_table import PairTable
+from dpocli.report.token_heatmap import Showcase, ShownPair, ShownToken
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from dpocli import __version__, errors
-from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.cli import run_command_line
-from dpocli.engine.stop import EarlyStop, StopFlag
-from dpocli.options import COMMANDS, options_of
+from dpocli.config.flags import COMMANDS, options_of
+from dpocli.distributed.signals import EarlyStop, StopFlag
+from dpocli.run.directory import RunDirectory
 
 TRAIN = ["train", "--model", "m", "--out", "o"]
 

@@ -20,17 +20,18 @@ from types import SimpleNamespace
 import pytest
 
 from dpocli import __version__
-from dpocli.artifacts.cache_format import SMALL_COLUMNS, TOKEN_COLUMNS
+from dpocli.cache.schema import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
-from dpocli.config.foreign import FOREIGN_OPTIONS
+from dpocli.config.commands import PrecomputeOptions, TrainOptions
+from dpocli.config.flags import COMMANDS, options_of
 from dpocli.config.gates import ALIASES
-from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import PrecomputeOptions, TrainOptions
-from dpocli.config.shared_options import LossOptions
-from dpocli.data.forms import to_preference
-from dpocli.data.rows import RawRow
+from dpocli.config.loss_expression import LossChoice
+from dpocli.config.options import LossOptions
+from dpocli.config.other_tools import FOREIGN_OPTIONS
+from dpocli.config.parsing import load_options
+from dpocli.data.formats import to_preference
+from dpocli.data.row_file import RawRow
 from dpocli.errors import ExitCode
-from dpocli.options import COMMANDS, load_options, options_of
 from tests.readme_tables import with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -253,9 +254,9 @@ wait $! || exit 1
 DPOCLI = f"""#!{sys.executable}
 import os, sys, time
 from types import SimpleNamespace
-from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.run.directory import RunDirectory
 from dpocli.cli import main
-from dpocli.engine.stop import StopFlag
+from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, PreemptedError
 
 def run(options, terminal):

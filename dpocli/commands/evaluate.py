@@ -9,32 +9,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.pair_table import PairTable, ScoredPairs
-from dpocli.artifacts.report import Evaluated, report_of, write_report
-from dpocli.artifacts.report_table import render
-from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.artifacts.second_reference import add_second_reference, open_second
-from dpocli.artifacts.shown_pairs import Showcase
-from dpocli.commands.candidates import Candidate, candidates
+from dpocli.cache.join import add_second_reference, open_second
+from dpocli.cache.reader import PairStore
+from dpocli.cache.view import PairView
+from dpocli.commands.example_pairs import remove_report, showcase, write_page
 from dpocli.commands.gates import check_gates, judge_gates
-from dpocli.commands.inputs import Inputs, check_inputs, check_weights
-from dpocli.commands.showcase import remove_report, showcase, write_page
-from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import EvaluateOptions
-from dpocli.engine.exactness import sample, settle
-from dpocli.engine.mesh import Processes, joined, pick_device
-from dpocli.engine.model import dtype_name, environment, pick_dtype
-from dpocli.engine.passes import FILLER, PairView, my_passes, score, token_budget
-from dpocli.engine.sharding import frozen_scorer
-from dpocli.engine.step0 import TOLERANCE
-from dpocli.engine.stop import StopFlag
-from dpocli.engine.throughput import Throughput
+from dpocli.commands.models import Candidate, candidates
+from dpocli.commands.pairs import Inputs, check_inputs, check_weights
+from dpocli.config.commands import EvaluateOptions
+from dpocli.config.loss_expression import LossChoice
+from dpocli.console.console import Terminal
+from dpocli.console.progress import Progress
+from dpocli.distributed.launch import pick_device
+from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, PreemptedError, UsageError
-from dpocli.objective.logps import Wanted, pair_logps
-from dpocli.objective.scoring import PairScorer
-from dpocli.progress import Progress
-from dpocli.terminal import Terminal
+from dpocli.evaluation.pair_table import PairTable, ScoredPairs
+from dpocli.evaluation.report import Evaluated, report_of, write_report
+from dpocli.model.load import dtype_name, pick_dtype
+from dpocli.objective.logps import Wanted
+from dpocli.report.terminal_table import render
+from dpocli.report.token_heatmap import Showcase
+from dpocli.run.directory import RunDirectory
+from dpocli.scoring.frozen import frozen_scorer
+from dpocli.scoring.layout_check import sample, settle
+from dpocli.scoring.passes import FILLER, my_passes, score, token_budget
+from dpocli.scoring.scorer import PairScorer, environment
+from dpocli.scoring.throughput import Throughput
+from dpocli.scoring.token_logps import pair_logps
+from dpocli.training.step0 import TOLERANCE
 
 PAIRS_AT_ONCE = 4096
 """Pairs that are sorted by length together; beyond it they are read in the order of the cache, which is fast."""

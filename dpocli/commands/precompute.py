@@ -10,29 +10,30 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpocli.artifacts.cache_format import MAX_LISTED_SKIPS, Tile
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.cache_writer import CacheWriter, recorded_dtype
-from dpocli.artifacts.destination import check_out
-from dpocli.artifacts.fingerprint import build_fingerprint, compare
-from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
-from dpocli.artifacts.model_files import ModelFiles
-from dpocli.artifacts.reuse import Reusable
-from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.artifacts.status import mark_recorded
-from dpocli.artifacts.triage import triage
-from dpocli.commands import dry_run
+from dpocli.cache.data_report import triage
+from dpocli.cache.fingerprint import build_fingerprint, compare
+from dpocli.cache.reader import PairStore
+from dpocli.cache.reuse import Reusable
+from dpocli.cache.schema import MAX_LISTED_SKIPS, Tile
+from dpocli.cache.writer import CacheWriter, recorded_dtype
+from dpocli.commands import precompute_estimate
+from dpocli.commands.encoding import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.commands.reference import Reference
-from dpocli.commands.tiles import TileEncoder, judge_skips, types_of_kept, writing_behind
-from dpocli.config.models import PrecomputeOptions
-from dpocli.data.encode import Encoder
+from dpocli.config.commands import PrecomputeOptions
+from dpocli.console.console import Printer, Terminal
+from dpocli.data.encoder import Encoder
 from dpocli.data.sources import Rows, open_rows
-from dpocli.engine.locate import load_tokenizer, locate_model
-from dpocli.engine.mesh import Processes, joined, launched, pick_device
-from dpocli.engine.model import dtype_name, environment, pick_dtype
-from dpocli.engine.stop import StopFlag
-from dpocli.errors import CacheError, DataError, PreemptedError
-from dpocli.terminal import Printer, Terminal
+from dpocli.distributed.launch import launched, pick_device
+from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.signals import StopFlag
+from dpocli.errors import CacheError, DataError, PreemptedError, mark_recorded
+from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
+from dpocli.model.identity import ModelFiles
+from dpocli.model.load import dtype_name, pick_dtype
+from dpocli.model.resolve import load_tokenizer, locate_model
+from dpocli.run.directory import RunDirectory
+from dpocli.run.output_check import check_out
+from dpocli.scoring.scorer import environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,8 +189,10 @@ def _estimate(job: Job) -> None:
     left = sum(tile.num_rows for tile in job.missing(writer))
     encoder = Encoder(job.tokenizer, job.options)
     with job.terminal.progress(None, "probe") as progress:
-        figures = dry_run.estimate(job.rows, encoder, job.options, writer, job.reference(writer), left, progress)
-    job.terminal.result(figures, lambda printer: dry_run.render(printer, figures))
+        figures = precompute_estimate.estimate(
+            job.rows, encoder, job.options, writer, job.reference(writer), left, progress
+        )
+    job.terminal.result(figures, lambda printer: precompute_estimate.render(printer, figures))
     if figures["stops"]:
         raise DataError(figures["stops"])
 

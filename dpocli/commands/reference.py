@@ -7,21 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.model_files import ModelFiles
-from dpocli.artifacts.reuse import Reusable
-from dpocli.config.models import PrecomputeOptions
+from dpocli.cache.reader import PairStore
+from dpocli.cache.reuse import Reusable
+from dpocli.config.commands import PrecomputeOptions
+from dpocli.console.progress import Progress
 from dpocli.data.preference import EncodedPair
-from dpocli.engine import step0
-from dpocli.engine.exactness import PairsInMemory, sample, settle, window_of
-from dpocli.engine.mesh import Processes
-from dpocli.engine.model import environment
-from dpocli.engine.passes import reference_logps, token_budget
-from dpocli.engine.sharding import frozen_scorer
-from dpocli.engine.throughput import Throughput
+from dpocli.distributed.processes import Processes
 from dpocli.errors import CacheError
-from dpocli.objective.scoring import PairScorer
-from dpocli.progress import Progress
+from dpocli.model.identity import ModelFiles
+from dpocli.scoring.frozen import frozen_scorer
+from dpocli.scoring.layout_check import PairsInMemory, sample, settle, window_of
+from dpocli.scoring.passes import reference_logps, token_budget
+from dpocli.scoring.scorer import PairScorer, environment
+from dpocli.scoring.throughput import Throughput
+from dpocli.training import step0
 
 VERIFIED_AT_ONCE = 4096
 """Pairs in memory at a time."""

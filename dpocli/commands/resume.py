@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.files import read_json
-from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory, digest_json
-from dpocli.artifacts.model_files import ModelFiles
-from dpocli.commands.inputs import fingerprint_of_rows
-from dpocli.config.models import TrainOptions
-from dpocli.config.shared_options import NUMBERS_OF_LOSSES
+from dpocli.cache.reader import PairStore
+from dpocli.commands.pairs import fingerprint_of_rows
+from dpocli.config.commands import TrainOptions
+from dpocli.config.options import NUMBERS_OF_LOSSES
+from dpocli.config.parsing import load_options
 from dpocli.data.sources import open_rows
-from dpocli.engine.locate import load_tokenizer
 from dpocli.errors import UsageError
-from dpocli.options import load_options
+from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory, digest_json
+from dpocli.model.identity import ModelFiles
+from dpocli.model.resolve import load_tokenizer
+from dpocli.run.files import read_json
 
 NEUTRAL = frozenset(
     {

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from dpocli.config.models import TrainOptions
-from dpocli.engine.evaluations import Evaluation, best, evaluations
-from dpocli.engine.model import dtype_name, environment
-from dpocli.engine.passes import PairView
-from dpocli.engine.schedule import Schedule
-from dpocli.engine.trainer import Trainer
-from dpocli.engine.watch import RunWarning, truncation, warnings_of
-from dpocli.terminal import Printer
+from dpocli.cache.view import PairView
+from dpocli.config.commands import TrainOptions
+from dpocli.console.console import Printer
+from dpocli.model.load import dtype_name
+from dpocli.scoring.scorer import environment
+from dpocli.training.diagnostics import RunWarning, truncation, warnings_of
+from dpocli.training.model_selection import Evaluation, best, evaluations
+from dpocli.training.schedule import Schedule
+from dpocli.training.trainer import Trainer
 
 Rows = Sequence[Mapping[str, Any]]
+
 NO_BETTER = "no better than untrained"
 
 

@@ -8,39 +8,39 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.hashing import HASH_MEMORY_NAME, HashMemory
-from dpocli.artifacts.model_files import ModelFiles, ModelIdentity
-from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.artifacts.status import mark_recorded
-from dpocli.commands.finish import finish
-from dpocli.commands.inputs import Inputs, check_inputs, check_weights
+from dpocli.cache.reader import PairStore
+from dpocli.cache.view import PairView
+from dpocli.checkpoint.retention import latest
+from dpocli.checkpoint.state import Content
+from dpocli.commands.pairs import Inputs, check_inputs, check_weights
 from dpocli.commands.resume import check_same_content, finished_summary, run_digest
 from dpocli.commands.run_summary import no_better_warning, render, truncation_warning
-from dpocli.commands.step0_check import check_step0
-from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import TrainOptions
-from dpocli.engine.checkpoint_directory import latest
-from dpocli.engine.checkpoint_state import Content
-from dpocli.engine.exactness import sample, settle
-from dpocli.engine.locate import load_tokenizer, locate_model
-from dpocli.engine.loop import run_steps
-from dpocli.engine.memory import Device, set_token_budget
-from dpocli.engine.mesh import joined, pick_device
-from dpocli.engine.model import pick_dtype
-from dpocli.engine.narration import Narration
-from dpocli.engine.optimizers import make_optimizer
-from dpocli.engine.passes import PairView
-from dpocli.engine.plan import Plan
-from dpocli.engine.policy import load_policy
-from dpocli.engine.saved_model import Provenance
-from dpocli.engine.schedule import Schedule, learning_rates
-from dpocli.engine.shared_out import check_shared
-from dpocli.engine.stop import StopFlag
-from dpocli.engine.trackers import Trackers, check_trackers
-from dpocli.engine.trainer import Trainer
-from dpocli.errors import UsageError
-from dpocli.terminal import Terminal
+from dpocli.commands.train_outputs import finish
+from dpocli.config.commands import TrainOptions
+from dpocli.config.loss_expression import LossChoice
+from dpocli.console.console import Terminal
+from dpocli.distributed.launch import pick_device
+from dpocli.distributed.processes import joined
+from dpocli.distributed.shared_filesystem import check_shared
+from dpocli.distributed.signals import StopFlag
+from dpocli.errors import UsageError, mark_recorded
+from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
+from dpocli.model.identity import ModelFiles, ModelIdentity
+from dpocli.model.load import pick_dtype
+from dpocli.model.resolve import load_tokenizer, locate_model
+from dpocli.model.save import Provenance
+from dpocli.run.directory import RunDirectory
+from dpocli.scoring.layout_check import sample, settle
+from dpocli.training.loop import run_steps
+from dpocli.training.monitor import Narration
+from dpocli.training.optimizers import make_optimizer
+from dpocli.training.plan import Plan
+from dpocli.training.policy import load_policy
+from dpocli.training.schedule import Schedule, learning_rates
+from dpocli.training.step0 import check_step0
+from dpocli.training.token_budget import Device, set_token_budget
+from dpocli.training.trackers import Trackers, check_trackers
+from dpocli.training.trainer import Trainer
 
 
 def run(options: TrainOptions, terminal: Terminal) -> None:

@@ -40,8 +40,11 @@ _OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
+
 _FORM = re.compile(r"\s*([^<>=\s]+)\s*(>=|<=|>|<)\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
+
 _OF_THE_DATA = ("slices", "bins", "by_source")
+
 _MISSING: Mapping[str, str] = {
     **dict.fromkeys(
         ("accuracy_difference", "margin_difference"), "it takes a second --model to compare the first with"

@@ -71,11 +71,15 @@ BETA = Hyperparameter("beta", 0.1, "strength of the pull to the reference", abov
 LABEL_SMOOTHING = Hyperparameter(
     "label_smoothing", 0.0, "assumed share of pairs whose label is flipped", minimum=0.0, below=0.5
 )
+
 GAMMA = Hyperparameter("gamma", 1.0, "target reward margin, subtracted as it stands (not times beta)", minimum=0.0)
+
 REDUCTION = Hyperparameter(
     "reduction", "mean", "log-probs per token (mean) or per answer (sum)", choices=("mean", "sum")
 )
+
 SFT_WEIGHT = Hyperparameter("sft_weight", 1.0, "weight of the likelihood term", minimum=0.0)
+
 DELTA = Hyperparameter(
     "delta",
     "running",
@@ -94,6 +98,7 @@ LD_ALPHA = Hyperparameter(
     need=Need.TAILS,
     off=1.0,
 )
+
 F_DIVERGENCE = Hyperparameter(
     "f_divergence",
     "reverse_kl",
@@ -101,9 +106,11 @@ F_DIVERGENCE = Hyperparameter(
     choices=("reverse_kl", "forward_kl", "js", "alpha"),
     off="reverse_kl",
 )
+
 F_ALPHA = Hyperparameter(
     "f_alpha", 0.5, "order of the alpha divergence: towards 0 the reverse KL, 1 the forward KL", above=0.0, below=1.0
 )
+
 WEIGHTING = Hyperparameter(
     "weighting",
     "none",
@@ -112,5 +119,6 @@ WEIGHTING = Hyperparameter(
     need=Need.COLLISION,
     off="none",
 )
+
 MODIFIERS = (LD_ALPHA, F_DIVERGENCE, F_ALPHA, WEIGHTING)
 """What changes several losses in the same way; off unless given."""

@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpocli.data.preference import Message
-from dpocli.data.rows import surrogate_problem
+from dpocli.data.row_file import surrogate_problem
 
 MAX_SHOWN = 60
 """Characters of a value that a message repeats."""
 
 HUMAN = "\n\nHuman:"
+
 ASSISTANT = "\n\nAssistant:"
+
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 _SHAREGPT_ROLES = {
@@ -29,6 +31,7 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "function_response": "tool",
 }
+
 _NOT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 

@@ -12,6 +12,7 @@ Message = Mapping[str, Any]
 """A chat message as templates take it: `role`, `content`, perhaps `tool_calls` and whatever else the template reads."""
 
 TokenIds = NDArray[np.int32]
+
 TokenMask = NDArray[np.bool_]
 
 

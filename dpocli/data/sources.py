@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpocli.config.shared_options import DataOptions
-from dpocli.data.forms import field_names, required_field_names
-from dpocli.data.rows import ContentPart, RawRow, RowFile
-from dpocli.data.tables import DatasetRows, Parquet
-from dpocli.data.text_files import JsonLines, open_json
+from dpocli.config.options import DataOptions
+from dpocli.data.formats import field_names, required_field_names
+from dpocli.data.json_files import JsonLines, open_json
+from dpocli.data.parquet_files import DatasetRows, Parquet
+from dpocli.data.row_file import ContentPart, RawRow, RowFile
 from dpocli.errors import DataError, UsageError
 
 __all__ = ["ContentPart", "RawRow", "Rows", "open_rows"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 _ACCEPTED = ".jsonl, .jsonl.gz, .json and .parquet files, a directory of them, or a data set in the datasets format"
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dpocli.config.loss_choice import LossChoice
+from dpocli.config.loss_expression import LossChoice
 from dpocli.objective.logps import PairLogps
 from dpocli.objective.losses import States, compute
 from dpocli.objective.metrics import batch_loss

@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.triage import triage
+from dpocli.cache.data_report import triage
+from dpocli.cache.reader import PairStore
 
 BATCH = 128
 BATCHES = 30

@@ -16,8 +16,8 @@ import numpy as np
 from environments import ROOT
 from numpy.typing import NDArray
 
+from dpocli.data.pair_tokens import pair_id
 from dpocli.data.preference import EncodedPair, ReferenceLogps
-from dpocli.data.tokens import pair_id
 
 TOKENIZER = ROOT / "sample_data" / "tiny-model"
 VOCABULARY = 49_152
@@ -85,8 +85,8 @@ class World:
 def write_share(world: World, index: int, count: int) -> None:
     """The tiles that one of several processes writes."""
     from dpocli.commands.precompute import Job
-    from dpocli.config.models import PrecomputeOptions
-    from dpocli.terminal import Terminal
+    from dpocli.config.commands import PrecomputeOptions
+    from dpocli.console.console import Terminal
 
     options = PrecomputeOptions(
         model=str(world.reference),

@@ -12,7 +12,7 @@ from pathlib import Path
 from measuring import Pair, save_pairs, save_random_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpocli.artifacts.cache_reader import PairStore
+from dpocli.cache.reader import PairStore
 
 MAX_LENGTH = 1024
 """Of prompt + the longer side: TRL's default, beyond which it would cut."""

@@ -12,28 +12,29 @@ import torch
 from measuring import Outcome, Pair, PeakMemory, Stopwatch
 from torch import Tensor
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.artifacts.model_files import ModelFiles
-from dpocli.config.loss_choice import LossChoice
-from dpocli.config.models import TrainOptions
-from dpocli.config.shared_options import ModelOptions
-from dpocli.data.batches import Layout, PairBatch, pack
+from dpocli.cache.reader import PairStore
+from dpocli.config.commands import TrainOptions
+from dpocli.config.loss_expression import LossChoice
+from dpocli.config.options import ModelOptions
+from dpocli.console.progress import Nothing, Progress
+from dpocli.data.batch import PairBatch
+from dpocli.data.packing import Layout, pack
 from dpocli.data.preference import EncodedPair, ReferenceLogps
-from dpocli.engine import model as engine_model
-from dpocli.engine.global_batch import GlobalBatch
-from dpocli.engine.gradients import Gradients, Step
-from dpocli.engine.mesh import Processes, joined
-from dpocli.engine.model import load_model
-from dpocli.engine.passes import reference_logps, token_budget
-from dpocli.engine.policy import Policy
-from dpocli.engine.throughput import Throughput, matmul_rate
-from dpocli.objective import head as head_module
-from dpocli.objective import losses, scoring
-from dpocli.objective.head import Head, token_logps
+from dpocli.distributed.processes import Processes, joined
+from dpocli.model import load
+from dpocli.model.identity import ModelFiles
+from dpocli.model.load import load_model
+from dpocli.objective import losses
 from dpocli.objective.logps import Wanted
-from dpocli.objective.rows import Rows
-from dpocli.objective.scoring import PairScorer
-from dpocli.progress import Nothing, Progress
+from dpocli.scoring import head as head_module
+from dpocli.scoring import scorer as scoring
+from dpocli.scoring.head import Head, token_logps
+from dpocli.scoring.layout import Rows
+from dpocli.scoring.passes import reference_logps, token_budget
+from dpocli.scoring.scorer import PairScorer
+from dpocli.scoring.throughput import Throughput, matmul_rate
+from dpocli.training.gradients import GlobalBatch, Gradients, Step
+from dpocli.training.policy import Policy
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
@@ -180,7 +181,7 @@ def _switched_off(part: str | None) -> AbstractContextManager[object]:
         case "logits kept for the backward pass":
             return patch.object(head_module, "CPU_KEPT_BYTES", 0)
         case "memory kept when freed":
-            return patch.object(engine_model, "keep_freed_memory", lambda: None)
+            return patch.object(load, "keep_freed_memory", lambda: None)
         case _:
             return nullcontext()
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpocli.artifacts.html_report import write_html_report
-from dpocli.artifacts.plots import draw_curves
 from dpocli.cli import run_command_line
-from dpocli.commands import showcase
-from dpocli.engine import narration
+from dpocli.commands import example_pairs
+from dpocli.report.html import write_html_report
+from dpocli.report.training_curves import draw_curves
+from dpocli.training import monitor
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sample_data"
@@ -38,20 +38,20 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _no_pictures() -> Iterator[None]:
     """Drawing the curves takes as long as all the rest of a short run, and so do the plots of a report."""
-    narration.draw_curves = lambda *_: None
-    showcase.write_html_report = lambda *_: None
+    monitor.draw_curves = lambda *_: None
+    example_pairs.write_html_report = lambda *_: None
     yield
-    narration.draw_curves = draw_curves
-    showcase.write_html_report = write_html_report
+    monitor.draw_curves = draw_curves
+    example_pairs.write_html_report = write_html_report
 
 
 @contextmanager
 def pictures() -> Iterator[None]:
     """They are drawn here all the same."""
-    without = narration.draw_curves, showcase.write_html_report
-    narration.draw_curves, showcase.write_html_report = draw_curves, write_html_report
+    without = monitor.draw_curves, example_pairs.write_html_report
+    monitor.draw_curves, example_pairs.write_html_report = draw_curves, write_html_report
     yield
-    narration.draw_curves, showcase.write_html_report = without
+    monitor.draw_curves, example_pairs.write_html_report = without
 
 
 @dataclass

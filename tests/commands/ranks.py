@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dpocli.cli import run_command_line
-from dpocli.engine.stop import EarlyStop
+from dpocli.distributed.signals import EarlyStop
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.commands.warmed_up"])

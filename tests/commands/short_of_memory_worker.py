@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from dpocli.cli import main
-from dpocli.engine.trainer import Trainer
+from dpocli.training.trainer import Trainer
 from tests.commands.test_back_off import PLACES, fail_at
 
 step = Trainer.step

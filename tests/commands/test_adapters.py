@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpocli.artifacts.cache_reader import PairStore
-from dpocli.engine.adapter import quietly
+from dpocli.cache.reader import PairStore
+from dpocli.model.lora import quietly
 from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from dpocli.engine.gradients import Gradients, Step
-from dpocli.engine.trainer import Trainer
+from dpocli.training.gradients import Gradients, Step
+from dpocli.training.trainer import Trainer
 from tests.commands.conftest import MODEL, Run, metrics_of, start
 from tests.commands.ranks import TORCHRUN
 

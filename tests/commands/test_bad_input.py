@@ -382,8 +382,8 @@ def test_json_is_all_of_stdout_and_stderr_is_ours_alone(world: World, tmp_path: 
 import sys, json, dpocli.cli
 codes = [dpocli.cli.run_command_line(line) for line in json.loads(sys.argv[1])]
 assert not {"peft", "bitsandbytes"} & set(sys.modules), "they take seconds, and are of no use without an adapter"
-import dpocli.engine.adapter
-dpocli.engine.adapter.import_peft("--adapter")
+import dpocli.model.lora
+dpocli.model.lora.import_peft("--adapter")
 sys.exit(any(codes))
 """
     arguments = json.dumps([world.arguments(line, out=tmp_path) for line in lines])

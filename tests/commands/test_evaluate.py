@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpocli.artifacts.cache_reader import PairStore
+from dpocli.cache.reader import PairStore
 from dpocli.commands import evaluate
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.errors import ExitCode, NumericsError

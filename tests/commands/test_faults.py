@@ -18,14 +18,14 @@ from typing import Any
 
 import pytest
 
-from dpocli.artifacts.cache_writer import CacheWriter
-from dpocli.artifacts.files import ABANDONED_HERE_SECONDS
-from dpocli.artifacts.part_file import open_part
-from dpocli.artifacts.run_dir import RunDirectory
-from dpocli.artifacts.status import StatusFile, is_alive
+from dpocli.cache.part import open_part
+from dpocli.cache.writer import CacheWriter
 from dpocli.commands.reference import Reference
-from dpocli.data.encode import Encoder
+from dpocli.data.encoder import Encoder
 from dpocli.errors import CacheError
+from dpocli.run.directory import RunDirectory
+from dpocli.run.files import ABANDONED_HERE_SECONDS
+from dpocli.run.status import StatusFile, is_alive
 from tests.caches import content_of, pairs_in, parts_of
 from tests.commands.conftest import HELD_OUT, MODEL, ROOT, TRAIN, Run, quiet
 from tests.commands.warm_workers import BEGUN, WRITTEN, Tally, Worker
@@ -613,7 +613,7 @@ def test_a_status_with_values_of_other_types(
 def test_a_killed_writer_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
     """As in containers whose first process waits for nobody."""
     script = (
-        "import pathlib, sys, time; from dpocli.artifacts.status import StatusFile, new_status; "
+        "import pathlib, sys, time; from dpocli.run.status import StatusFile, new_status; "
         "StatusFile(pathlib.Path(sys.argv[1])).write(new_status('train')); print(flush=True); time.sleep(99)"
     )
     with subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as writer:

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
-from dpocli.artifacts.metrics_log import MetricsLog
-from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.run.directory import RunDirectory
+from dpocli.run.metrics_log import MetricsLog
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet, start, start_held, tensors_of
 from tests.commands.warm_workers import Tally, Worker
 
@@ -39,7 +39,7 @@ def steps_done(out: Path) -> int:
 def test_precompute_killed_in_the_middle_writes_the_same_cache(tmp_path: Path, dpocli: Run) -> None:
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 96, "--rows-per-part", 8, "--token-budget", 400)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    process = start_held("dpocli.artifacts.cache_writer:CacheWriter.write", 4, *line, "--out", killed)
+    process = start_held("dpocli.cache.writer:CacheWriter.write", 4, *line, "--out", killed)
     process.kill()
     process.communicate()
     there = {path.name: path.stat().st_mtime_ns for path in killed.glob("rows-*")}
@@ -75,7 +75,7 @@ def test_train_killed_in_the_middle_ends_with_the_same_bits(
 ) -> None:
     """Before the first checkpoint, and between two."""
     line, killed = train_line, tmp_path / "killed"
-    process = start_held("dpocli.artifacts.metrics_log:MetricsLog.append", after + 1, *line, "--out", killed)
+    process = start_held("dpocli.run.metrics_log:MetricsLog.append", after + 1, *line, "--out", killed)
     process.kill()
     process.communicate()
     assert steps_done(killed) == after

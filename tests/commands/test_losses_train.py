@@ -13,11 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dpocli.artifacts.run_dir import RunDirectory
 from dpocli.commands import evaluate
-from dpocli.config.loss_choice import LossChoice
-from dpocli.engine import passes
-from dpocli.engine.trainer import StepOutcome, Trainer
+from dpocli.config.loss_expression import LossChoice
+from dpocli.run.directory import RunDirectory
+from dpocli.scoring import passes
+from dpocli.training.trainer import StepOutcome, Trainer
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, moments_of, quiet, start
 from tests.commands.ranks import TORCHRUN
 

@@ -10,13 +10,15 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpocli.artifacts.model_files import ModelFiles
-from dpocli.config.models import TrainOptions
-from dpocli.config.shared_options import ModelOptions
-from dpocli.engine import adapter, merging, ties
-from dpocli.engine.adapter import quietly
-from dpocli.engine.saved_model import Provenance, merge
+from dpocli.config.commands import TrainOptions
+from dpocli.config.options import ModelOptions
 from dpocli.errors import NumericsError, UsageError
+from dpocli.model import lora as adapter
+from dpocli.model import lora as ties
+from dpocli.model import merge as merging
+from dpocli.model.identity import ModelFiles
+from dpocli.model.lora import quietly
+from dpocli.model.save import Provenance, merge
 from tests.commands.conftest import MODEL
 
 IDS = torch.arange(3, 43)[None]

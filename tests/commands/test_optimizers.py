@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dpocli.engine.optimizers import STATE_BYTES
-from dpocli.engine.trainer import Trainer
+from dpocli.training.optimizers import STATE_BYTES
+from dpocli.training.trainer import Trainer
 from tests.commands.conftest import MODEL, Run, metrics_of
 
 

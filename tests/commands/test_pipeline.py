@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpocli.artifacts.pair_table import ScoredPairs
 from dpocli.commands import evaluate
-from dpocli.engine.mesh import Processes
+from dpocli.distributed.processes import Processes
+from dpocli.evaluation.pair_table import ScoredPairs
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, pictures, quiet
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "6", "--save-every", "2")
@@ -173,9 +173,9 @@ def test_reference_free_training_from_raw_rows_equals_training_from_a_cache(
 
 
 def test_a_held_out_fraction_shares_no_prompt_with_training(cache: Path, tmp_path: Path) -> None:
-    from dpocli.artifacts.cache_reader import PairStore
+    from dpocli.cache.reader import PairStore
     from dpocli.commands.train import split_pairs
-    from dpocli.config.models import TrainOptions
+    from dpocli.config.commands import TrainOptions
 
     store = PairStore.open(cache)
     options = TrainOptions(model=str(MODEL), out=tmp_path, reference=cache, eval_fraction=0.3)

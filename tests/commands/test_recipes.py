@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dpocli.config.models import TrainOptions
-from dpocli.options import RECIPES, load_options
+from dpocli.config.commands import TrainOptions
+from dpocli.config.parsing import RECIPES, load_options
 from tests.commands.conftest import MODEL, ROOT, Run
 
 HUGGING_FACE: dict[str, Any] = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpocli.data.batches import PairBatch
-from dpocli.objective.logps import TokenLogps
-from dpocli.objective.scoring import PairScorer
+from dpocli.data.batch import PairBatch
+from dpocli.scoring.scorer import PairScorer
+from dpocli.scoring.token_logps import TokenLogps
 from tests.caches import assert_same_values, pairs_in, tree, values_in, write_rows
 from tests.commands.broken_inputs import SKIPPED, flip_a_byte, replace_json, replace_weights
 from tests.commands.conftest import MODEL, TRAIN, Run, quiet
@@ -79,7 +79,7 @@ def test_nothing_new_needs_no_model(
     data: Path, old: Path, tmp_path: Path, dpocli: Run, scored: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other tiles, and rows in another order, are the same pairs."""
-    monkeypatch.setattr("dpocli.engine.sharding.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("dpocli.scoring.frozen.load_model", lambda *_: pytest.fail("the model was loaded"))
     turned = write_rows(tmp_path / "turned.jsonl", ROWS[OLD_ROWS - 1 :: -1])
     out = tmp_path / "new"
     result = dpocli(*PRECOMPUTE, "--data", turned, "--reuse", old, "--out", out, "--rows-per-part", 5, "--json")

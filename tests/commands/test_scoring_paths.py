@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from dpocli.artifacts.cache_format import FOOTER_KEY, PartFooter
-from dpocli.artifacts.cache_reader import PairStore
+from dpocli.cache.reader import PairStore
+from dpocli.cache.schema import FOOTER_KEY, PartFooter
 from dpocli.data.preference import EncodedPair
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet
 from tests.tiny_models import SHAPE

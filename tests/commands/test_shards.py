@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpocli.artifacts.model_files import ModelFiles
-from dpocli.engine import sharding
+from dpocli.model import sharded
+from dpocli.model.identity import ModelFiles
 from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet
 from tests.commands.ranks import ended, on_processes, srun
@@ -108,7 +108,7 @@ def test_the_weights_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest
     if not tied:
         model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) * 0.02)
     directory = saved(model, tmp_path / "model")
-    blank = sharding.blank_model(ModelFiles(directory), torch.bfloat16)
+    blank = sharded.blank_model(ModelFiles(directory), torch.bfloat16)
     assert blank is not None
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in blank.parameters())
     assert (blank.lm_head.weight is blank.model.embed_tokens.weight) == tied
@@ -128,7 +128,7 @@ def test_the_weights_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest
 
 def test_models_that_are_saved_under_other_names_are_loaded_whole(tmp_path: Path) -> None:
     build("qwen3-moe").save_pretrained(tmp_path)
-    assert sharding.blank_model(ModelFiles(tmp_path), torch.float32) is None
+    assert sharded.blank_model(ModelFiles(tmp_path), torch.float32) is None
 
 
 def test_an_adapter_over_shards(cache: Path, tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from dpocli.artifacts.cache_format import Tile
-from dpocli.artifacts.cache_writer import CacheWriter
-from dpocli.artifacts.run_dir import RunDirectory
+from dpocli.cache.schema import Tile
+from dpocli.cache.writer import CacheWriter
 from dpocli.commands.reference import Reference
 from dpocli.data.preference import EncodedPair, Skipped
+from dpocli.run.directory import RunDirectory
 from tests.caches import assert_same_values, content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import MODEL, ROOT, TRAIN, Run, quiet, start_held
 from tests.commands.ranks import on_processes
@@ -126,7 +126,7 @@ def test_a_companion_killed_in_the_middle_leaves_the_next_run_clean(
 ) -> None:
     out = tmp_path / "ref"
     with RunDirectory(out, "precompute", companions=True):
-        process = start_held("dpocli.artifacts.cache_writer:CacheWriter.write", 4, *MANY, "--out", out)
+        process = start_held("dpocli.cache.writer:CacheWriter.write", 4, *MANY, "--out", out)
         process.kill()
         _, err = process.communicate()
         assert BESIDE in err

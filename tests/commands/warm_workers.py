@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from dpocli.artifacts.cache_writer import CacheWriter
+from dpocli.cache.writer import CacheWriter
 from dpocli.cli import run_command_line
 from dpocli.commands.reference import Reference
-from dpocli.engine.stop import EarlyStop
+from dpocli.distributed.signals import EarlyStop
 
 BEGUN, WRITTEN = "begun", "written"
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from dpocli.config.shared_options import DataOptions
-from dpocli.data.encode import Encoder, encode_rows
-from dpocli.data.forms import BadRowError, to_preference
+from dpocli.config.options import DataOptions
+from dpocli.data.encoder import Encoder, encode_rows
+from dpocli.data.formats import BadRowError, to_preference
 from dpocli.data.preference import EncodedPair, Preference, Skipped
 from dpocli.data.sources import open_rows
 from dpocli.errors import DataError, UsageError

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpocli.config.shared_options import DataOptions
-from dpocli.data.json_list import CHUNK_CHARACTERS
-from dpocli.data.rows import RowFile
+from dpocli.config.options import DataOptions
+from dpocli.data.json_files import CHUNK_CHARACTERS
+from dpocli.data.row_file import RowFile
 from dpocli.data.sources import RawRow, Rows, open_rows
 from dpocli.errors import DataError, UsageError
 
@@ -366,7 +366,7 @@ def test_opened_files_are_row_files(tmp_path: Path) -> None:
 
 def test_importing_the_data_floor_pulls_in_nothing_heavy() -> None:
     code = (
-        "import sys, dpocli.data.encode; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+        "import sys, dpocli.data.encoder; print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpocli.config.loss_choice import LossChoice
+from dpocli.config.loss_expression import LossChoice
 from dpocli.objective.logps import PairLogps
 from dpocli.objective.losses import LossOutput, compute
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpocli.config.loss_choice import LossChoice
+from dpocli.config.loss_expression import LossChoice
 from dpocli.errors import UsageError
 from dpocli.objective.logps import PairLogps
 from dpocli.objective.losses import LOSSES, compute

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.hyperparameters import MODIFIERS, Need, Value
-from dpocli.config.loss_choice import LossChoice
+from dpocli.config.loss_expression import LossChoice
+from dpocli.config.losses import CATALOGUE
 from dpocli.objective.batch_gradient import batch_gradient, with_gradient
 from dpocli.objective.logps import PairLogps, Wanted
 from dpocli.objective.losses import LOSSES, NEXT_STATE, LossOutput, States, compute, next_states

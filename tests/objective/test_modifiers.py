@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpocli.config.catalogue import CATALOGUE
 from dpocli.config.hyperparameters import MODIFIERS, Need, Value
-from dpocli.config.loss_choice import LossChoice
+from dpocli.config.loss_expression import LossChoice
+from dpocli.config.losses import CATALOGUE
 from dpocli.errors import UsageError
 from dpocli.objective.logps import PairLogps
 from dpocli.objective.losses import LOSSES, compute

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from dpocli.config.loss_choice import LossChoice, LossTerm
+from dpocli.config.loss_expression import LossChoice, LossTerm
 from dpocli.objective.logps import PairLogps
-from dpocli.objective.losses.each_side import apo_down, apo_zero, bco_pair, bco_state, cal_dpo, nca_pair, sppo_hard
+from dpocli.objective.losses.batch_coupled import aot, aot_unpaired, beta_dpo, beta_dpo_state
 from dpocli.objective.losses.likelihood import rpo, sft
 from dpocli.objective.losses.logistic import (
     discopop,
@@ -23,11 +23,11 @@ from dpocli.objective.losses.logistic import (
     robust,
     wpo,
 )
+from dpocli.objective.losses.margin_target import hinge, ipo
 from dpocli.objective.losses.modifiers import length_desensitized, with_divergence, wpo_weights
 from dpocli.objective.losses.output import LossOutput, LossState
+from dpocli.objective.losses.per_side import apo_down, apo_zero, bco_pair, bco_state, cal_dpo, nca_pair, sppo_hard
 from dpocli.objective.losses.reference_free import alphapo, cpo, orpo, simpo, simpo_hinge, slic
-from dpocli.objective.losses.target import hinge, ipo
-from dpocli.objective.losses.whole_batch import aot, aot_unpaired, beta_dpo, beta_dpo_state
 
 Loss = Callable[..., LossOutput]
 """(logps: PairLogps, *, beta: float, <its own keyword-only hyperparameters>) -> LossOutput.

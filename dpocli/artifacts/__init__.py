@@ -1,1 +1,0 @@
-"""What the commands leave on disk: the reference cache, run directories, reports. Torch-free."""

@@ -1,0 +1,1 @@
+"""The reference cache: schema, fingerprint, reader, writer."""

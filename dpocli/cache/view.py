@@ -1,0 +1,53 @@
+"""Pairs through the scorer: which pairs this process takes, in which micro-batches, and what comes out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpocli.cache.reader import PairStore
+from dpocli.data.packing import Layout
+from dpocli.data.preference import EncodedPair
+
+
+@dataclass(frozen=True, slots=True)
+class PairView:
+    """Some pairs of a store: the training pairs, or the held-out ones."""
+
+    store: PairStore
+    members: NDArray[np.int64]
+    """Positions in the store, shape (pairs,)."""
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def at(self, positions: NDArray[np.int64]) -> "PairView":
+        """The pairs at these positions of the view."""
+        return PairView(self.store, self.members[positions])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of prompt + the longer side, shape (pairs,)."""
+        return self.store.pair_lengths[self.members]
+
+    def sizes(self, layout: Layout) -> NDArray[np.int64]:
+        """Tokens that each pair takes in a layout, shape (pairs,)."""
+        columns = self.store.columns
+        parts = (columns.prompt_tokens, columns.chosen_tokens, columns.rejected_tokens)
+        prompt, chosen, rejected = (counts[self.members].astype(np.int64) for counts in parts)
+        return layout.size(prompt, chosen, rejected)
+
+    @property
+    def num_tokens(self) -> NDArray[np.int64]:
+        """Distinct tokens of each pair, shape (pairs,)."""
+        return self.sizes(Layout.SHARED)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Of each pair in the loss, shape (pairs,)."""
+        return self.store.weights[self.members].astype(np.float64)
+
+    def load(self, positions: Sequence[int] | NDArray[np.int64]) -> list[EncodedPair]:
+        """The pairs at these positions of the view, in this order."""
+        return self.store.load(self.members[np.asarray(positions, dtype=np.int64)])

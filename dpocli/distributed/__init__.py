@@ -1,0 +1,1 @@
+"""Processes, launchers, sharding, signals, shared file systems."""

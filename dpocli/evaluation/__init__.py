@@ -1,0 +1,1 @@
+"""Figures of an evaluation, with intervals and slices."""

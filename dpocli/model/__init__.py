@@ -1,0 +1,1 @@
+"""Find, load, identify, adapt, merge and save a model."""

@@ -1,0 +1,126 @@
+"""What a model is made of: a base, an adapter on top of it, and how its weights are quantized, all told by content."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpocli.model.hashing import (
+    HashMemory,
+    code_hashes,
+    digest_json,
+    file_hash,
+    json_object,
+    meaningful_config,
+    weights_hashes,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_ADAPTER_CONFIG_WITHOUT_MEANING = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_dropout",
+    "lora_ga_config",
+    "peft_version",
+    "revision",
+    "runtime_config",
+    "task_type",
+}
+"""Where an adapter came from, how it began and how it was trained: none of it decides what it computes now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on this machine's disks."""
+
+    directory: Path
+    """Of the base: `config.json` and the weights."""
+    adapter: Path | None = None
+    """Directory that peft wrote."""
+    quantization: str | None = None
+    runs_code: bool = False
+    """Whether Python files beside the model are run."""
+    checkpoint: Path | None = None
+    """Of a training of this model or of an adapter on it: its weights take the place of those that are trained."""
+
+    @property
+    def adapter_settings(self) -> Path | None:
+        """Where `adapter_config.json` of the adapter that belongs to the model lies; None where there is none."""
+        if self.checkpoint:
+            return self.checkpoint if (self.checkpoint / ADAPTER_CONFIG).is_file() else None
+        return self.adapter
+
+    def identity(self, hash_memory: HashMemory | None = None) -> "ModelIdentity":
+        """Of a saved model. Raises UsageError where weights or configurations are missing or cannot be read."""
+        assert self.checkpoint is None
+        memory = hash_memory or HashMemory()
+        adapter = None
+        if self.adapter:
+            adapter = {
+                "weights": file_hash(self.adapter / ADAPTER_WEIGHTS, memory),
+                "config": _meaning(adapter_config(self.adapter)),
+            }
+        return ModelIdentity(
+            weights=weights_hashes(self.directory, memory),
+            config=meaningful_config(self.directory),
+            code=code_hashes(self.directory) if self.runs_code else {},
+            adapter=adapter,
+            quantization=self.quantization,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What decides the values that a model computes in a given dtype."""
+
+    weights: Mapping[str, str]
+    """sha256 of each weights file, by name."""
+    config: Mapping[str, Any]
+    code: Mapping[str, str]
+    """sha256 of each Python file of the model, where --trust-remote-code runs them."""
+    adapter: Mapping[str, Any] | None
+    quantization: str | None
+
+    def has_weights_of(self, other: "ModelIdentity") -> bool:
+        """Whether both load the same tensors, whatever their configurations say to do with them."""
+        return (self.weights, self.adapter, self.quantization) == (other.weights, other.adapter, other.quantization)
+
+    @property
+    def weights_digest(self) -> str:
+        """Names the tensors that are loaded."""
+        if self.adapter is None and self.quantization is None:
+            return digest_json(self.weights)
+        return digest_json([self.weights, self.adapter, self.quantization])
+
+    def settings_digest(self, files: ModelFiles) -> str:
+        """Names what else decides how the model of these files computes and is trained, beside the tensors."""
+        # The dropout of an adapter changes no value that it computes, but every step that trains it.
+        dropout = adapter_config(files.adapter).get("lora_dropout") if files.adapter else None
+        return digest_json([self.config, self.code, dropout])
+
+
+def adapter_config(directory: Path) -> dict[str, Any]:
+    """`adapter_config.json` as it stands.
+
+    Raises:
+        UsageError: there is none, or it is no JSON object.
+    """
+    return json_object(directory / ADAPTER_CONFIG, "Copy or save the adapter again.")
+
+
+def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Less what decides nothing, and what is off: later versions of peft write more fields, all of them off."""
+    return {
+        name: sorted(value) if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else value
+        for name, value in sorted(config.items())
+        if name not in _ADAPTER_CONFIG_WITHOUT_MEANING
+        and not (value is None or value is False or value in ([], {}, "none"))
+    }

@@ -1,0 +1,106 @@
+"""An adapter added to the weights of its base, and how we know that the result is what was trained."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dpocli.config.options import ModelOptions
+from dpocli.errors import NumericsError, UsageError
+from dpocli.model.identity import ModelFiles
+from dpocli.model.load import load_base
+from dpocli.model.lora import has_tied_embeddings, put_on, quietly, say_untied, shared_under_adapters
+
+_ROUNDING = 1e-4
+"""Nats per token that two ways through float32 may differ by, as in the step-0 check."""
+
+_SHARE = 0.05
+"""Of what the adapter changes. A merge that goes wrong is off by about all of that."""
+
+
+def merged_model(files: ModelFiles, adapter: Path, options: ModelOptions) -> PreTrainedModel:
+    """The base with the adapter added to its weights, in float32 on the CPU.
+
+    Where the adapter lies on a layer that shares its weight with another, they no longer share it, and the configuration
+    says so: the other layer must stay as it was.
+
+    Args:
+        files: of the base.
+        adapter: directory of the adapter.
+        options: how models are loaded.
+
+    Raises:
+        NumericsError: the result computes something else than base and adapter do.
+    """
+    model = load_base(files, options, torch.float32, torch.device("cpu"))
+    alone = _logps(model)
+    wrapped = put_on(model, adapter).eval()
+    adapted = _logps(model)
+    for layer, name, weight in list(shared_under_adapters(model)):
+        setattr(layer, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
+    with quietly():
+        merged: PreTrainedModel = wrapped.merge_and_unload()
+    if not has_tied_embeddings(merged):
+        say_untied(merged)
+    _check_merged(alone, adapted, _logps(merged), adapter)
+    return merged
+
+
+def check_saved(directory: Path, weights: Mapping[str, Tensor], adapter: Path, options: ModelOptions) -> None:
+    """Raises NumericsError where a saved model cannot be loaded with the weights that it was saved with.
+
+    Args:
+        directory: of the saved model.
+        weights: name → tensor, all in the dtype in which they were saved.
+        adapter: directory of the adapter, which stays.
+        options: how models are loaded.
+    """
+    dtype = next(iter(weights.values())).dtype
+    files = ModelFiles(directory, runs_code=options.trust_remote_code)
+    try:
+        loaded = load_base(files, options, dtype, torch.device("cpu"))
+    except UsageError as error:
+        what = str(error).partition(": ")[2]
+        raise NumericsError(f"--merge: what was saved cannot be loaded: {what} {_use(adapter)}") from error
+    found = dict(loaded.named_parameters(remove_duplicate=False))
+    if other := [
+        name for name, weight in weights.items() if name not in found or not torch.equal(found[name].to(dtype), weight)
+    ]:
+        raise NumericsError(
+            f"--merge: {len(other)} weights of the merged model are others once it is loaded ({other[0]}, …). {_use(adapter)}"
+        )
+
+
+def _check_merged(alone: Tensor | None, adapted: Tensor | None, merged: Tensor | None, adapter: Path) -> None:
+    """Raises NumericsError where log-probs of the merged model are not those of the base with the adapter."""
+    if alone is None or adapted is None or merged is None:
+        return
+    effect, difference = _distance(adapted, alone), _distance(adapted, merged)
+    if not difference <= _ROUNDING + _SHARE * effect:
+        raise NumericsError(
+            f"--merge: the log-probs of the merged model are {difference:.2g} nats off those of the model with its adapter, and the "
+            f"adapter changes them by {effect:.2g}. {_use(adapter)}"
+        )
+
+
+def _logps(model: PreTrainedModel) -> Tensor | None:
+    """After each of a few tokens, shape (tokens, vocabulary); None where the model cannot be run here."""
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.arange(0, vocabulary, max(1, vocabulary // 24))[:24]
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits
+    except Exception:  # code of any model, some of which needs CUDA
+        return None
+    return logits[0].float().log_softmax(-1)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """In nats, of the median token: rounding may send a token to another expert, and that one is then far off."""
+    return float((one - other).abs().mean(-1).median())
+
+
+def _use(adapter: Path) -> str:
+    return f"No merged model was left. The adapter, {adapter}, is as trained; all commands take it as --model."

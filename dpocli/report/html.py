@@ -1,0 +1,135 @@
+"""`report.html`: what `evaluate` found, to look at. One file that needs nothing else, and the plots as PNG beside it.
+
+Everything that comes from data goes through the template's variables, which are all escaped and freed of what cannot be
+shown; the page forbids itself scripts and requests.
+"""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from dpocli.evaluation.pair_table import PairTable
+from dpocli.report.inline_svg import glyphs_may_miss, inline_svg
+from dpocli.report.pair_plots import NAMES, Plot, report_plots
+from dpocli.report.sanitize import one_line, plain
+from dpocli.report.tables import figure_lines, gate_lines, loss_lines, made_lines, model_lines, slice_tables
+from dpocli.report.token_heatmap import Palette, Showcase, ShownPair, ShownToken, colored, folded, signed, strongest
+from dpocli.report.wording import between, headline, number, percent
+from dpocli.run.files import make_directory, write_atomically
+
+Report = Mapping[str, Any]
+
+FILE_NAME, PLOTS = "report.html", "plots"
+
+NO_PAIRS = Showcase((), (), has_reference=True)
+
+
+def write_html_report(
+    directory: Path,
+    report: Report,
+    table: PairTable,
+    shown: Showcase = NO_PAIRS,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes `report.html` and `plots/*.png`.
+
+    Args:
+        directory: of the report.
+        report: what `metrics.json` holds; figures that are not there are left out.
+        table: the pairs of the first model.
+        shown: the pairs to show in full.
+        settings: what else to tell of how the report was made: heading → name → value.
+    """
+    plots = report_plots(report, table)
+    _write_pictures(directory / PLOTS, plots)
+    write_atomically(directory / FILE_NAME, html_report(report, plots, shown, settings or {}))
+
+
+def html_report(report: Report, plots: list[Plot], shown: Showcase, settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page."""
+    palette = Palette.of(shown)
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            headline=headline(report),
+            gates=gate_lines(report),
+            warnings=report.get("warnings") or [],
+            figures=figure_lines(report),
+            losses=loss_lines(report),
+            slices=slice_tables(report),
+            models=model_lines(report),
+            made=made_lines(report, settings),
+            plots={plot.name: (inline_svg(plot.figure, plot.name, plot.caption), plot.caption) for plot in plots},
+            palette=palette,
+            worst=[_in_page(pair, palette) for pair in shown.worst],
+            best=[_in_page(pair, palette) for pair in shown.best],
+        )
+    )
+
+
+def _in_page(pair: ShownPair, palette: Palette) -> dict[str, Any]:
+    sides = (
+        ("chosen", pair.chosen, pair.chosen_reward),
+        ("rejected", pair.rejected, pair.rejected_reward),
+    )
+    return {
+        "pair": pair,
+        "prompt": folded(pair.prompt),
+        "sides": [
+            {
+                "name": name,
+                "reward": reward,
+                "tokens": colored(tokens, palette),
+                "strongest": [_strong(token) for token in strongest(tokens)] if palette.has_reference else [],
+            }
+            for name, tokens, reward in sides
+        ],
+    }
+
+
+def _strong(token: ShownToken) -> tuple[str, str]:
+    blank = token.text.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"})
+    return token.text.strip() or blank, signed(token.log_ratio)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("dpocli.report"),
+        autoescape=True,
+        finalize=_shown,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "number": number,
+        "signed": signed,
+        "between_shares": lambda bounds: between(bounds, percent),
+        "one_line": one_line,
+    }
+    return environment
+
+
+def _shown(value: object) -> object:
+    """What every variable of the template goes through before it is escaped."""
+    if value is None or isinstance(value, Markup):
+        return "" if value is None else value
+    return plain(str(value))
+
+
+def _write_pictures(directory: Path, plots: list[Plot]) -> None:
+    make_directory(directory)
+    for plot in plots:
+        content = io.BytesIO()
+        with glyphs_may_miss():
+            plot.figure.savefig(content, format="png", facecolor="white")
+        write_atomically(directory / f"{plot.name}.png", content.getvalue())
+    for name in NAMES - {plot.name for plot in plots}:  # of an earlier report
+        (directory / f"{name}.png").unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""One output directory: lock, status, configuration, metrics."""

@@ -1,0 +1,103 @@
+"""`--out` before anything is written there: it is new, or what an earlier start of the same command left."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from dpocli.cache.schema import PART_PATTERN
+from dpocli.errors import UsageError
+from dpocli.run.files import file_errors_in_words
+from dpocli.run.status import StatusFile
+
+Command = Literal["precompute", "train", "evaluate"]
+
+_WRITTEN = (
+    *("config.yaml", "model", "checkpoints", "metrics.jsonl", "summary.json", "curves.png"),
+    *("metrics.json", "pairs.parquet", "report.html", "plots", "pairs", "tensorboard", "wandb"),
+)
+"""What the commands write, so that it must not be there already from elsewhere."""
+
+_BESIDE_PARTS = (
+    ".*",
+    "config*.yaml",
+    "status*.json",
+    "summary*.json",
+    "stop",
+    "scratch",
+    "*.log",
+    "*.out",
+    "*.err",
+    "*.txt",
+    "*.md",
+)
+"""What may lie in a directory that is to become a cache: what commands and shell scripts write there."""
+
+
+def check_out(out: Path, command: Command) -> None:
+    """Raises UsageError where `--out` is a file, or holds what this command did not write and would overwrite."""
+    with file_errors_in_words(f"Looking at --out {out}"):
+        _check(out, command)
+
+
+def _check(out: Path, command: Command) -> None:
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
+        what = "a file" if out.exists() else "a link that leads nowhere"
+        raise UsageError(f"--out {out}: this is {what}. Give a directory for what {command} writes.")
+    owner = _owner(out)
+    if owner == command:
+        return
+    if owner:
+        raise UsageError(f"--out {out}: it holds what `dpocli {owner}` wrote. Give {command} a directory of its own.")
+    if command == "precompute":
+        check_destination(out)
+        return
+    in_the_way = ", ".join(name for name in _WRITTEN if (out / name).exists())
+    found = "a reference cache" if any(out.glob(PART_PATTERN)) else in_the_way or describe_directory(out)
+    if found:
+        raise UsageError(
+            f"--out {out}: it holds {found}, which no earlier `dpocli {command}` wrote there. Give a new or an empty "
+            "directory."
+        )
+
+
+def _owner(out: Path) -> str | None:
+    """The command that wrote a directory: `config.yaml` begins with it, and before that is written the status has it."""
+    try:
+        first_line = (out / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        first_line = ""
+    words = first_line.replace(",", " ").split()
+    if words[:2] == ["#", "dpocli"] and len(words) > 2:
+        return words[2]
+    status = StatusFile(out).read()
+    return status.command if status else None
+
+
+def check_destination(directory: Path) -> None:
+    """Refuse a directory that is something else than a cache; to be called before anything is written there.
+
+    Raises:
+        UsageError: it is a file, a model directory, the output of a run, or holds unrelated files.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise UsageError(f"--out {directory}: this is a file. Give a directory for the reference cache.")
+    if not directory.exists() or any(directory.glob(PART_PATTERN)):
+        return
+    if (what := describe_directory(directory)) is not None:
+        raise UsageError(
+            f"--out {directory}: this is {what}, not a reference cache. Choose a directory of its own for it."
+        )
+    names = sorted(path.name for path in directory.iterdir())
+    if others := [name for name in names if not any(fnmatch(name, pattern) for pattern in _BESIDE_PARTS)]:
+        raise UsageError(
+            f"--out {directory}: it holds {', '.join(others[:3])}{' and more' if len(others) > 3 else ''}, and no part of "
+            "a reference cache. Choose a new or an empty directory."
+        )
+
+
+def describe_directory(directory: Path) -> str | None:
+    """What a directory is that is no cache, where its files tell; None otherwise."""
+    if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
+        return "a model directory"
+    is_run = any((directory / name).exists() for name in ("model", "checkpoints", "metrics.jsonl", "pairs.parquet"))
+    return "the output directory of a run" if is_run else None

@@ -1,0 +1,1 @@
+"""Log-probs of a model: layouts, attention, head, passes, checks."""

@@ -1,0 +1,1 @@
+"""Policy, optimizer, step, loop and monitoring of a training run."""
