@@ -18,12 +18,12 @@ from dpocli.cache.columns import PairColumns
 from dpocli.cache.fingerprint import compare, compare_references
 from dpocli.cache.part import OpenPart, open_part
 from dpocli.cache.row_group import RowGroup
-from dpocli.cache.schema import PART_PATTERN, ROWS_PER_GROUP, DamagedPartError, PartFooter, SkippedRow, Tile, tiles
+from dpocli.cache.schema import ROWS_PER_GROUP, DamagedPartError, PartFooter, SkippedRow, Tile, tiles
 from dpocli.data.preference import EncodedPair
 from dpocli.errors import CacheError
 from dpocli.model.tokenizer_identity import compare_tokenizer
 from dpocli.run.files import file_errors_in_words
-from dpocli.run.output_check import describe_directory
+from dpocli.run.output_check import PART_PATTERN, describe_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -25,8 +25,6 @@ MAX_LISTED_SKIPS = 256
 
 FOOTER_KEY, SEAL_KEY = b"dpocli", b"dpocli_seal"
 
-PART_PATTERN = "rows-*.parquet"
-
 _IDS, _MASK, _LOGPS = pa.list_(pa.int32()), pa.list_(pa.bool_()), pa.list_(pa.float32())
 
 SMALL_COLUMNS = pa.schema(

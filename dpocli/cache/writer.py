@@ -21,7 +21,6 @@ from dpocli.cache.part import OpenPart, blank_seal, open_part, seal
 from dpocli.cache.schema import (
     FOOTER_KEY,
     MAX_LISTED_SKIPS,
-    PART_PATTERN,
     ROWS_PER_GROUP,
     SEAL_KEY,
     DamagedPartError,
@@ -36,7 +35,7 @@ from dpocli.cache.schema import (
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
 from dpocli.errors import CacheError, DataError, DpoError, NumericsError
 from dpocli.run.files import make_directory, remove_stale_temporaries, write_atomically
-from dpocli.run.output_check import check_destination
+from dpocli.run.output_check import PART_PATTERN, check_destination
 
 _OF_LENGTH = (SkipReason.TOO_LONG, SkipReason.PROMPT_TOO_LONG, SkipReason.TRUNCATED_AWAY)
 

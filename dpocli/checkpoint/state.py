@@ -9,11 +9,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpocli.cache.view import PairView
 from dpocli.errors import UsageError
 from dpocli.model.identity import ModelFiles, ModelIdentity
-from dpocli.run.files import file_error_in_words
+from dpocli.run.files import STATE_NAME, file_error_in_words
 
 FORMAT_VERSION = 2
-
-STATE_NAME = "state.json"
 
 
 class DamagedCheckpointError(UsageError):

@@ -9,10 +9,10 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -23,18 +23,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dpocli.checkpoint.retention import remove_old
-from dpocli.checkpoint.state import STATE_NAME, DamagedCheckpointError, State
+from dpocli.checkpoint.state import DamagedCheckpointError, State
 from dpocli.distributed.processes import Processes
 from dpocli.distributed.shared_filesystem import appears
 from dpocli.errors import ResourceError, UsageError, in_words, is_lost_peer, is_out_of_memory
-from dpocli.model.save import Provenance
-from dpocli.run.files import file_error_in_words, sync_directory, sync_file
+from dpocli.run.files import STATE_NAME, file_error_in_words, sync_directory, sync_file
 
-if TYPE_CHECKING:
-    from dpocli.training.policy import Policy
-
-_MODEL = "model/"
-"""With this begin the names of weights; those of moments with `optimizer/`."""
+MODEL, OPTIMIZER = "model/", "optimizer/"
+"""Prefixes of the names of tensors in a checkpoint: weights, and moments of the optimizer."""
 
 _UNREADABLE = (CheckpointException, SafetensorError, OSError, ValueError, KeyError, RuntimeError, AssertionError)
 """What the libraries raise for files that are missing, cut off, or of another model; `_no_damage` sorts out the rest."""
@@ -43,12 +39,19 @@ _SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors gives the number of an error of the system."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a checkpoint, before it is read."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 def save(
     directory: Path,
-    policy: "Policy",
-    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
     state: State,
-    provenance: Provenance,
+    write_extra: Callable[[Path], None],
     keep_last: int,
     sound_step: int,
     processes: Processes,
@@ -57,10 +60,9 @@ def save(
 
     Args:
         directory: of all checkpoints of the run, which all processes see.
-        policy: its float32 master weights are saved.
-        optimizer: its moments are saved.
+        tensors: weights and moments by name, possibly sharded.
         state: the rest, with the optimizer step that is done; `files` of it are filled in here.
-        provenance: of the weights.
+        write_extra: writes further JSON files into the directory; called on the first process.
         keep_last: how many checkpoints stay, as `remove_old` counts them.
         sound_step: the last step whose weights are known to be good.
         processes: each writes its pieces.
@@ -78,7 +80,7 @@ def save(
         pieces: list[tuple[int, str, int]] = []
         with processes.agreeing(), _not_written(final):
             state_dict_saver.save(
-                _weights(policy) | _moments(policy, optimizer),
+                dict(tensors),
                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True),
                 process_group=processes.group,
             )
@@ -92,9 +94,7 @@ def save(
                 files = {name: size for _, name, size in pieces}
                 text = state.model_copy(update={"files": files}).model_dump_json(indent=2)
                 (temporary / STATE_NAME).write_text(text)
-                provenance.write(temporary)
-                if policy.adapter:
-                    policy.adapter.peft_config["default"].save_pretrained(str(temporary))
+                write_extra(temporary)
                 for path in temporary.glob("*.json"):
                     sync_file(path)
                 sync_directory(temporary)
@@ -108,22 +108,27 @@ def save(
         raise
 
 
-def load(path: Path, state: State, policy: "Policy", optimizer: torch.optim.Optimizer, processes: Processes) -> None:
-    """Puts weights and moments back, each process taking its part. Every process takes part, and all fail where one does.
+def load(
+    path: Path, state: State, allocate: Callable[[Mapping[str, StoredTensor]], dict[str, Tensor]], processes: Processes
+) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, each process its part. Every process takes part, and all fail where one does.
+
+    Args:
+        path: of the checkpoint.
+        state: what it says of itself.
+        allocate: gives the tensors to fill, by name, for what is stored.
+        processes: each reads its pieces.
 
     Raises:
-        DamagedCheckpointError: a file of it is missing or damaged. The policy's weights are of no use then.
+        DamagedCheckpointError: a file of it is missing or damaged. What was to be filled is of no use then.
     """
     with processes.agreeing(), _not_read(path):
         _check_files(path, state)
         reader = HuggingFaceStorageReader(str(path))
-        moments = _room_for_moments(policy, reader)
-    tensors = {f"optimizer/{name}/{key}": room for name, found in moments.items() for key, room in found.items()}
+        tensors = allocate(_stored_tensors(reader))
     with processes.agreeing(), _not_read(path), torch.no_grad():
-        state_dict_loader.load(_weights(policy) | tensors, storage_reader=reader)
-        for name, parameter in policy.masters:
-            for key, value in moments[name].items():
-                optimizer.state[parameter][key] = value
+        state_dict_loader.load(tensors, storage_reader=reader)
+    return tensors
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -140,8 +145,8 @@ def load_weights(path: Path, model: nn.Module) -> None:
         _check_files(path, State.read(path))
     try:
         reader = HuggingFaceStorageReader(str(path))
-        parameters = {f"{_MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        stored = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(_MODEL)]
+        parameters = {f"{MODEL}{name}": parameter.detach() for name, parameter in model.named_parameters()}
+        stored = [name for name in reader.read_metadata().state_dict_metadata if name.startswith(MODEL)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a process reads for itself is what is wanted
             state_dict_loader.load({name: parameters[name] for name in stored}, storage_reader=reader, no_dist=True)
@@ -154,34 +159,12 @@ def load_weights(path: Path, model: nn.Module) -> None:
         ) from error
 
 
-def _weights(policy: "Policy") -> dict[str, Tensor]:
-    return {f"{_MODEL}{name}": parameter.detach() for name, parameter in policy.masters}
-
-
-def _moments(policy: "Policy", optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"optimizer/{name}/{key}": value
-        for name, parameter in policy.masters
-        for key, value in sorted(optimizer.state[parameter].items())
-    }
-
-
-def _room_for_moments(policy: "Policy", reader: HuggingFaceStorageReader) -> dict[str, dict[str, Tensor]]:
-    """What a checkpoint holds of the optimizer, by parameter, as empty tensors: spread like the parameter, or whole."""
-    parameters = dict(policy.masters)
-    room: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for entry, facts in reader.read_metadata().state_dict_metadata.items():
-        kind, _, rest = entry.partition("/")
-        name, _, key = rest.rpartition("/")
-        if kind != "optimizer":
-            continue
+def _stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, StoredTensor]:
+    stored: dict[str, StoredTensor] = {}
+    for name, facts in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(facts, TensorStorageMetadata)
-        parameter, dtype = parameters[name], facts.properties.dtype
-        if facts.size == parameter.shape:
-            room[name][key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        else:
-            room[name][key] = torch.zeros(facts.size, dtype=dtype)
-    return room
+        stored[name] = StoredTensor(facts.size, facts.properties.dtype)
+    return stored
 
 
 @contextmanager

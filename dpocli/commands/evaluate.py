@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpocli.cache.join import add_second_reference, open_second
+from dpocli.cache.join import open_second
 from dpocli.cache.reader import PairStore
 from dpocli.cache.view import PairView
 from dpocli.commands.example_pairs import remove_report, showcase, write_page
@@ -26,6 +26,7 @@ from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, PreemptedError, UsageError
 from dpocli.evaluation.pair_table import PairTable, ScoredPairs
 from dpocli.evaluation.report import Evaluated, report_of, write_report
+from dpocli.evaluation.second_reference import add_second_reference
 from dpocli.model.load import dtype_name, pick_dtype
 from dpocli.objective.logps import Wanted
 from dpocli.report.terminal_table import render

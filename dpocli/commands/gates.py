@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from dpocli.cache.join import add_second_reference
 from dpocli.cache.reader import PairStore
 from dpocli.commands.models import Candidate
 from dpocli.config.gates import Gate, check_names, outcomes, scalars
 from dpocli.errors import GateError, UsageError
 from dpocli.evaluation.pair_table import PairTable, ScoredPairs
 from dpocli.evaluation.report import Evaluated, report_of
+from dpocli.evaluation.second_reference import add_second_reference
 from dpocli.objective.logps import Wanted
 
 

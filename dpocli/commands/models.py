@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from dpocli.checkpoint.state import STATE_NAME
 from dpocli.config.commands import EvaluateOptions
 from dpocli.config.loss_expression import LossChoice, named
 from dpocli.config.options import ModelOptions
@@ -15,7 +14,7 @@ from dpocli.model.identity import ModelFiles
 from dpocli.model.resolve import load_tokenizer, locate_model
 from dpocli.model.save import Provenance
 from dpocli.objective.losses import States
-from dpocli.run.files import read_json
+from dpocli.run.files import STATE_NAME, read_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,10 @@
-"""A scorer spread over processes with torch's `fully_shard`, and its weights read piece by piece where they are needed.
+"""Sharding of a module over processes with torch's `fully_shard`.
 
 The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the root's
 forward, where it is a plain tensor. (The head in a group of its own gives silently wrong gradients.)
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,24 +12,24 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from dpocli.scoring.scorer import PairScorer
-
 
 def shard(
-    scorer: PairScorer,
+    root: nn.Module,
+    layers: Sequence[nn.Module],
     mesh: DeviceMesh,
     *,
     dtype: torch.dtype,
     offload: bool = False,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
-    """Spreads the parameters of a scorer over a mesh (replicas, shards), in place.
+    """Shard the parameters of a scoring module over a mesh (replicas, shards), in place.
 
     The mixed-precision policy makes the forward pass equal to a plain load in that dtype, which autocast does not:
     only the root's output is cast to float32, since a cast between the layers would change their arithmetic.
 
     Args:
-        scorer: its parameters may be on the meta device; `fill` reads them afterwards.
+        root: the scoring module; its parameters may be on the meta device.
+        layers: the decoder layers of its model, each a unit of its own.
         mesh: replicas and shards, or shards alone.
         dtype: of the forward pass.
         offload: keep the shards in the memory of the host between passes.
@@ -42,12 +43,12 @@ def shard(
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
         "ignored_params": ignored or set(),
     }
-    for layer in decoder_layers(scorer):
+    for layer in layers:
         fully_shard(layer, mp_policy=inner, reshard_after_forward=has_shards or offload, **settings)
-    fully_shard(scorer, mp_policy=outer, reshard_after_forward=False, **settings)
+    fully_shard(root, mp_policy=outer, reshard_after_forward=False, **settings)
 
 
-def decoder_layers(scorer: PairScorer) -> list[nn.Module]:
-    """The repeated blocks of the model, by transformers' own list of what must not be split."""
-    names = set(getattr(scorer.model, "_no_split_modules", None) or ())
-    return [module for module in scorer.model.modules() if type(module).__name__ in names]
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a model, by transformers' list of modules that must not be split."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpocli.checkpoint.state import STATE_NAME
 from dpocli.config.commands import TrainOptions
 from dpocli.config.options import ModelOptions
 from dpocli.errors import UsageError, in_words
 from dpocli.model.hashing import json_object, meaningful_config
 from dpocli.model.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
+from dpocli.run.files import STATE_NAME
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 

@@ -19,7 +19,6 @@ from dpocli.errors import UsageError
 from dpocli.model.hashing import weights_files
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import compute_exactly, load_model
-from dpocli.scoring.scorer import PairScorer
 
 
 def load_spread(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -65,17 +64,19 @@ def blank_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel | None
     return model.eval() if wanted.items() <= stored.items() else None
 
 
-def fill(scorer: PairScorer, files: ModelFiles, device: torch.device, *, offload: bool = False) -> None:
+def fill(
+    root: nn.Module, model: PreTrainedModel, files: ModelFiles, device: torch.device, *, offload: bool = False
+) -> None:
     """Gives a sharded `blank_model` its weights. Each process reads its own pieces of the files and no more."""
     where = torch.device("cpu") if offload else device
 
     def material(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor
 
-    scorer._apply(material)  # type: ignore[no-untyped-call]  # `to_empty` would empty the buffers too
-    scorer.model.tie_weights()
+    root._apply(material)  # type: ignore[no-untyped-call]  # `to_empty` would empty the buffers too
+    model.tie_weights()
     with torch.no_grad():
-        load(dict(_saved_tensors(scorer.model)), storage_reader=HuggingFaceStorageReader(str(files.directory)))
+        load(dict(_saved_tensors(model)), storage_reader=HuggingFaceStorageReader(str(files.directory)))
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:

@@ -16,6 +16,9 @@ from typing import IO, Any, BinaryIO
 
 from dpocli.errors import DpoError, ResourceError, UsageError
 
+STATE_NAME = "state.json"
+"""File of a checkpoint directory that describes it."""
+
 ABANDONED_HERE_SECONDS = 60.0
 """How long a temporary file of a process that is gone from this host stays. Not at once, since the host names of
 containers can be the same while each sees only its own processes; a living writer's file is younger than this."""

@@ -4,12 +4,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from dpocli.cache.schema import PART_PATTERN
 from dpocli.errors import UsageError
 from dpocli.run.files import file_errors_in_words
 from dpocli.run.status import StatusFile
 
 Command = Literal["precompute", "train", "evaluate"]
+
+PART_PATTERN = "rows-*.parquet"
+"""Names of the parts of a reference cache."""
 
 _WRITTEN = (
     *("config.yaml", "model", "checkpoints", "metrics.jsonl", "summary.json", "curves.png"),

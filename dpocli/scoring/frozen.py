@@ -13,7 +13,7 @@ import torch
 from dpocli.checkpoint.state import State
 from dpocli.checkpoint.storage import another_checkpoint_wanted, load_weights
 from dpocli.config.options import ModelOptions
-from dpocli.distributed.fsdp import shard
+from dpocli.distributed.fsdp import decoder_layers, shard
 from dpocli.distributed.processes import Processes
 from dpocli.errors import UsageError
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory, code_hashes
@@ -47,9 +47,9 @@ def frozen_scorer(
     if is_spread:
         assert team.team_mesh
         scorer.requires_grad_(False)
-        shard(scorer, team.team_mesh, dtype=dtype)
+        shard(scorer, decoder_layers(model), team.team_mesh, dtype=dtype)
         if scorer.is_blank:
-            fill(scorer, files, team.device)
+            fill(scorer, model, files, team.device)
     if files.checkpoint:
         load_weights(files.checkpoint, scorer.model)
     return scorer

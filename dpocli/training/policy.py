@@ -1,7 +1,7 @@
 """The policy under training: float32 master weights, a forward pass in `--dtype`, spread over the processes."""
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from dpocli.checkpoint.storage import MODEL, OPTIMIZER, StoredTensor
 from dpocli.config.commands import TrainOptions
 from dpocli.config.hyperparameters import Need
 from dpocli.config.loss_expression import LossChoice
@@ -94,8 +95,10 @@ class Policy:
         self.processes = processes
         self._has_shards = options.shards > 1
         frozen = {parameter for parameter in scorer.parameters() if not parameter.requires_grad}
+        layers = decoder_layers(scorer.model)
         shard(
             scorer,
+            layers,
             processes.mesh(options.shards),
             dtype=dtype,
             offload=options.cpu_offload,
@@ -103,15 +106,48 @@ class Policy:
         )
         if scorer.is_blank:
             assert files
-            fill(scorer, files, processes.device, offload=options.cpu_offload)
+            fill(scorer, scorer.model, files, processes.device, offload=options.cpu_offload)
         # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
         self.masters: list[tuple[str, nn.Parameter]] = [
             (name, parameter) for name, parameter in scorer.model.named_parameters() if parameter.requires_grad
         ]
         """The float32 master weights that are trained: names as the source model knows them, each tensor once."""
-        layers = decoder_layers(scorer)
         ends = [layers[0], layers[-1]] if layers else [scorer]
         self._outer_layers = [parameter for layer in ends for parameter in layer.parameters()]
+
+    def state_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """Master weights and moments by their names in a checkpoint."""
+        moments = {
+            f"{OPTIMIZER}{name}/{key}": value
+            for name, parameter in self.masters
+            for key, value in sorted(optimizer.state[parameter].items())
+        }
+        return self._weight_tensors() | moments
+
+    def allocate_state(self, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+        """Tensors to read a checkpoint into: the master weights, and zeros for moments, sharded like the parameter."""
+        parameters = dict(self.masters)
+        tensors = self._weight_tensors()
+        for entry, facts in stored.items():
+            if not entry.startswith(OPTIMIZER):
+                continue
+            parameter = parameters[entry.removeprefix(OPTIMIZER).rpartition("/")[0]]
+            if facts.shape == parameter.shape:
+                tensors[entry] = torch.zeros_like(parameter, dtype=facts.dtype, requires_grad=False)
+            else:
+                tensors[entry] = torch.zeros(facts.shape, dtype=facts.dtype)
+        return tensors
+
+    def load_moments(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+        """Give the optimizer the moments of a checkpoint; the weights were read in place."""
+        parameters = dict(self.masters)
+        for entry, value in tensors.items():
+            if entry.startswith(OPTIMIZER):
+                name, _, key = entry.removeprefix(OPTIMIZER).rpartition("/")
+                optimizer.state[parameters[name]][key] = value
+
+    def _weight_tensors(self) -> dict[str, Tensor]:
+        return {f"{MODEL}{name}": parameter.detach() for name, parameter in self.masters}
 
     def reduce_gradients_on_backward(self, now: bool) -> None:
         """Between replicas, gradients travel once a step, with its last micro-batch; between shards with every one."""

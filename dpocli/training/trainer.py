@@ -154,14 +154,18 @@ class Trainer:
         )
         storage.save(
             checkpoints,
-            self.policy,
-            self.optimizer,
+            self.policy.state_tensors(self.optimizer),
             state,
-            self.provenance(step),
+            partial(self._write_extra, step),
             self.options.keep_last,
             self.sound_step,
             self.processes,
         )
+
+    def _write_extra(self, step: int, directory: Path) -> None:
+        self.provenance(step).write(directory)
+        if adapter := self.policy.adapter:
+            adapter.peft_config["default"].save_pretrained(str(directory))
 
     def provenance(self, step: int) -> Provenance:
         """Of the weights as they are now."""
@@ -226,7 +230,8 @@ class Trainer:
                 )
             state = State.read(path)
             state.check(path, self.schedule.num_steps, self.content)
-        storage.load(path, state, self.policy, self.optimizer, self.processes)
+        tensors = storage.load(path, state, self.policy.allocate_state, self.processes)
+        self.policy.load_moments(self.optimizer, tensors)
         self.loss_states = state.loss_states
         self._back_off.restore(state.token_budget.model_dump() if state.token_budget else None)
         return state
