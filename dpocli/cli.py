@@ -21,7 +21,7 @@ from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOpti
 from dpocli.config.flags import COMMANDS, explain_unknown, options_of, signature_of
 from dpocli.config.options import Options
 from dpocli.config.parsing import load_options
-from dpocli.console.console import Terminal, lone_process_warning, rank_from_environment, silence
+from dpocli.console.console import Console, lone_process_warning, rank_from_environment, silence
 from dpocli.distributed.signals import EarlyStop
 from dpocli.errors import ExitCode, UsageError, is_recorded
 from dpocli.run.status import Outcome, record_failure
@@ -43,19 +43,19 @@ def _dpocli(version: Annotated[bool, typer.Option("--version", help="Print the v
         typer.echo(f"dpocli {__version__}")
 
 
-def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Terminal], None]], None]:
+def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Console], None]], None]:
     """Make a Typer command of a function of options and terminal; its flags are the fields of `model`.
 
     Typer parses and hands back the work, which is done outside of it: it would make its own of Ctrl-C and broken pipes.
     """
 
-    def declare(function: Callable[[OptionsModel, Terminal], None]) -> None:
+    def declare(function: Callable[[OptionsModel, Console], None]) -> None:
         def command(**flags: Any) -> Callable[[], None]:
             options = load_options(model, flags)
-            terminal = Terminal(json=options.as_json, rank=rank_from_environment(options.launcher))
+            console = Console(json=options.as_json, rank=rank_from_environment(options.launcher))
             if warning := lone_process_warning():
-                terminal.warn(warning)
-            return lambda: function(options, terminal)
+                console.warn(warning)
+            return lambda: function(options, console)
 
         command.__signature__ = signature_of(model)  # type: ignore[attr-defined]
         app.command(function.__name__, help=inspect.getdoc(model))(command)
@@ -64,27 +64,27 @@ def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Ter
 
 
 @_command(PrecomputeOptions)
-def precompute(options: PrecomputeOptions, terminal: Terminal) -> None:
+def precompute(options: PrecomputeOptions, console: Console) -> None:
     """Score every pair with the reference."""
     from dpocli.commands.precompute import run
 
-    run(options, terminal)
+    run(options, console)
 
 
 @_command(TrainOptions)
-def train(options: TrainOptions, terminal: Terminal) -> None:
+def train(options: TrainOptions, console: Console) -> None:
     """Train a policy."""
     from dpocli.commands.train import run
 
-    run(options, terminal)
+    run(options, console)
 
 
 @_command(EvaluateOptions)
-def evaluate(options: EvaluateOptions, terminal: Terminal) -> None:
+def evaluate(options: EvaluateOptions, console: Console) -> None:
     """Measure a policy."""
     from dpocli.commands.evaluate import run
 
-    run(options, terminal)
+    run(options, console)
 
 
 def main(early_stop: EarlyStop | None = None) -> NoReturn:
@@ -117,13 +117,13 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
     outcome = Outcome.of(error)
     if outcome.exit_code == ExitCode.BUG:
         traceback.print_exception(error)
-    terminal = Terminal(rank=rank_from_environment(_value_of("--launcher", arguments) or "torchrun"))
+    console = Console(rank=rank_from_environment(_value_of("--launcher", arguments) or "torchrun"))
     if outcome.exit_code == ExitCode.PREEMPTED:
-        terminal.say(outcome.message)
+        console.say(outcome.message)
     else:
-        terminal.error(outcome.message)
+        console.error(outcome.message)
     if not is_recorded(error):
-        _record_early_failure(outcome, arguments, terminal.rank)
+        _record_early_failure(outcome, arguments, console.rank)
     return outcome.exit_code
 
 

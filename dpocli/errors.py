@@ -79,7 +79,7 @@ class StopSignal(KeyboardInterrupt):
     """
 
 
-def in_words(error: Exception) -> str:
+def brief_message(error: Exception) -> str:
     """The first line of what a library says, with the kind of error where that is a mere name or nothing."""
     line = (str(error).strip().splitlines() or [""])[0].rstrip(" .:")
     return line if " " in line else f"{type(error).__name__} {line}".rstrip()

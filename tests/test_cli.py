@@ -20,11 +20,11 @@ TRAIN = ["train", "--model", "m", "--out", "o"]
 @pytest.fixture
 def commands(monkeypatch):
     """Stands in for the three commands: remembers the options; calls `act` if a test sets it."""
-    calls = SimpleNamespace(options=None, act=lambda options, terminal: None)
+    calls = SimpleNamespace(options=None, act=lambda options, console: None)
 
-    def run(options, terminal):
+    def run(options, console):
         calls.options = options
-        calls.act(options, terminal)
+        calls.act(options, console)
 
     for name in COMMANDS:
         monkeypatch.setitem(sys.modules, f"dpocli.commands.{name}", SimpleNamespace(run=run))
@@ -83,7 +83,7 @@ def test_switches_are_pairs(commands, tmp_path):
 
 
 def test_json_and_rank_reach_the_terminal(commands, capsys, monkeypatch):
-    commands.act = lambda options, terminal: terminal.result({"pairs": 3}, lambda printer: printer.say("three"))
+    commands.act = lambda options, console: console.result({"pairs": 3}, lambda printer: printer.say("three"))
     assert run_command_line([*TRAIN, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"pairs": 3}
     assert run_command_line(TRAIN) == 0
@@ -174,7 +174,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_error_that_is_no_bug(fails, commands, error, code):
-    def act(options, terminal):
+    def act(options, console):
         raise error
 
     commands.act = act
@@ -182,7 +182,7 @@ def test_an_error_that_is_no_bug(fails, commands, error, code):
 
 
 def test_a_stop_on_request_is_no_error(commands, capsys):
-    def act(options, terminal):
+    def act(options, console):
         raise errors.PreemptedError("saved at step 3")
 
     commands.act = act
@@ -191,7 +191,7 @@ def test_a_stop_on_request_is_no_error(commands, capsys):
 
 
 def test_a_bug_shows_its_traceback_and_asks_for_a_report(commands, capsys):
-    commands.act = lambda options, terminal: {}["nothing"]
+    commands.act = lambda options, console: {}["nothing"]
     assert run_command_line(TRAIN) == errors.ExitCode.BUG
     out, err = capsys.readouterr()
     assert out == ""
@@ -200,7 +200,7 @@ def test_a_bug_shows_its_traceback_and_asks_for_a_report(commands, capsys):
 
 
 def test_nobody_reads_the_result(commands):
-    def act(options, terminal):
+    def act(options, console):
         raise BrokenPipeError
 
     commands.act = act
@@ -260,7 +260,7 @@ def preempted_once(out):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_before_there_is_anything_to_save(commands, early_stop, tmp_path, capsys, number):
     preempted_once(tmp_path)
-    commands.act = lambda options, terminal: ask(number)
+    commands.act = lambda options, console: ask(number)
     assert run_command_line(["train", "--model", "m", "--out", str(tmp_path)], early_stop) == 75
     err = capsys.readouterr().err
     assert err.startswith("Stopped on request before there was anything to save.")
@@ -273,7 +273,7 @@ def test_a_signal_while_the_directory_is_entered(commands, early_stop, tmp_path,
     begin = RunDirectory._begin
     monkeypatch.setattr(RunDirectory, "_begin", lambda self: (begin(self), ask()))
 
-    def act(options, terminal):
+    def act(options, console):
         with RunDirectory(options.out, "train"):
             pytest.fail("it went on")
 
@@ -284,7 +284,7 @@ def test_a_signal_while_the_directory_is_entered(commands, early_stop, tmp_path,
 
 
 def test_a_signal_that_a_library_swallowed_is_not_lost(commands, early_stop):
-    def act(options, terminal):
+    def act(options, console):
         with contextlib.suppress(KeyboardInterrupt):
             ask()
         ask()  # asked again it does not interrupt whatever notes the first one
@@ -296,7 +296,7 @@ def test_a_signal_that_a_library_swallowed_is_not_lost(commands, early_stop):
 
 
 def test_a_signal_after_the_work_leaves_its_outcome(commands, early_stop, tmp_path):
-    def act(options, terminal):
+    def act(options, console):
         with RunDirectory(options.out, "train"):
             with StopFlag() as stop:
                 assert not stop

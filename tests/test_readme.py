@@ -82,7 +82,7 @@ def test_shell_blocks_are_valid(block):
 
 @pytest.mark.parametrize("line", DPOCLI_LINES, ids=" ".join)
 def test_command_lines_parse(line, monkeypatch, capsys):
-    def run(options, terminal):
+    def run(options, console):
         if isinstance(options, LossOptions):
             options.loss_choices()
 

@@ -25,7 +25,7 @@ from dpocli.cache.schema import (
     PartFooter,
     kept_columns,
 )
-from dpocli.run.files import file_error_in_words
+from dpocli.run.files import translated_file_error
 
 _SEAL_MARK = b"sha256/128 of the footer, of each row group:"
 
@@ -164,5 +164,5 @@ def _damage_in_words(path: Path) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise file_error_in_words(error, f"Reading {path}") from error
+            raise translated_file_error(error, f"Reading {path}") from error
         raise DamagedPartError(path, f"it cannot be read ({type(error).__name__})") from error

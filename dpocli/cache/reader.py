@@ -22,7 +22,7 @@ from dpocli.cache.schema import ROWS_PER_GROUP, DamagedPartError, PartFooter, Sk
 from dpocli.data.preference import EncodedPair
 from dpocli.errors import CacheError
 from dpocli.model.tokenizer_identity import compare_tokenizer
-from dpocli.run.files import file_errors_in_words
+from dpocli.run.files import translating_file_errors
 from dpocli.run.output_check import PART_PATTERN, describe_directory
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class PairStore:
                 self._digests.append(part.digest)
                 yield part.columns, part.footer.total_rows
 
-        self.columns = PairColumns.joined(columns())
+        self.columns = PairColumns.init_processes(columns())
         self.fingerprint = footers[0].fingerprint
         self.num_rows = footers[0].total_rows
         """Source rows, those that gave no pair included."""
@@ -283,7 +283,7 @@ def _part_names(directory: Path) -> list[str]:
             f"There is no reference cache {directory}. Make it first: dpocli precompute --model REFERENCE --data "
             f"prefs.jsonl --out {directory}"
         )
-    with file_errors_in_words(f"Reading the reference cache {directory}"):
+    with translating_file_errors(f"Reading the reference cache {directory}"):
         names = sorted(name for name in os.listdir(directory) if fnmatch(name, PART_PATTERN))
     if names:
         return names

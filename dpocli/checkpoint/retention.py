@@ -38,11 +38,11 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def remove_old(directory: Path, keep_last: int, sound_step: int) -> None:
+def remove_old(directory: Path, keep_last: int, last_finite_step: int) -> None:
     """Removes checkpoints that nobody needs any more.
 
     What stays: the newest `keep_last`; the one that `best.json` names, which does not count among these; and the newest
-    one up to `sound_step`, whether it is among these or not. A checkpoint is only known to be good when the step after
+    one up to `last_finite_step`, whether it is among these or not. A checkpoint is only known to be good when the step after
     it went well: with `keep_last` 1 there are two of them, since the newest one alone may hold weights that an update
     has just broken. With 2 or more this takes no more room.
 
@@ -52,7 +52,7 @@ def remove_old(directory: Path, keep_last: int, sound_step: int) -> None:
         sound_step: the last step whose weights are known to be good.
     """
     steps = sorted(int(match[1]) for path in _entries(directory) if (match := _NAME.fullmatch(path.name)))
-    best, sound = best_step(directory), latest(directory, up_to=sound_step)
+    best, sound = best_step(directory), latest(directory, up_to=last_finite_step)
     for step in [step for step in steps if step != best][:-keep_last]:
         if sound is None or step != sound[0]:
             shutil.rmtree(directory / f"step-{step}", ignore_errors=True)

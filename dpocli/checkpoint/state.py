@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dpocli.cache.view import PairView
 from dpocli.errors import UsageError
 from dpocli.model.identity import ModelFiles, ModelIdentity
-from dpocli.run.files import STATE_NAME, file_error_in_words
+from dpocli.run.files import STATE_NAME, translated_file_error
 
 FORMAT_VERSION = 2
 
@@ -83,7 +83,7 @@ class Content(_Part):
 
 
 class Spent(_Part):
-    """What `Account` keeps."""
+    """What `RunStats` keeps."""
 
     starts: int
     seconds: dict[str, float]
@@ -128,7 +128,7 @@ class State(Content):
         except FileNotFoundError:
             raise DamagedCheckpointError(path, f"{STATE_NAME} is missing") from None
         except OSError as error:
-            raise file_error_in_words(error, f"Reading {path / STATE_NAME}") from error
+            raise translated_file_error(error, f"Reading {path / STATE_NAME}") from error
         version = _format_of(text)
         if isinstance(version, int) and version != FORMAT_VERSION:
             raise UsageError(

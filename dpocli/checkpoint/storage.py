@@ -26,8 +26,8 @@ from dpocli.checkpoint.retention import remove_old
 from dpocli.checkpoint.state import DamagedCheckpointError, State
 from dpocli.distributed.processes import Processes
 from dpocli.distributed.shared_filesystem import appears
-from dpocli.errors import ResourceError, UsageError, in_words, is_lost_peer, is_out_of_memory
-from dpocli.run.files import STATE_NAME, file_error_in_words, sync_directory, sync_file
+from dpocli.errors import ResourceError, UsageError, brief_message, is_lost_peer, is_out_of_memory
+from dpocli.run.files import STATE_NAME, sync_directory, sync_file, translated_file_error
 
 MODEL, OPTIMIZER = "model/", "optimizer/"
 """Prefixes of the names of tensors in a checkpoint: weights, and moments of the optimizer."""
@@ -53,7 +53,7 @@ def save(
     state: State,
     write_extra: Callable[[Path], None],
     keep_last: int,
-    sound_step: int,
+    last_finite_step: int,
     processes: Processes,
 ) -> None:
     """Writes `directory/step-N`, then removes old ones. Every process takes part, and all fail where one does.
@@ -101,7 +101,7 @@ def save(
                 shutil.rmtree(final, ignore_errors=True)
                 temporary.rename(final)
                 sync_directory(directory)
-                remove_old(directory, keep_last, sound_step)
+                remove_old(directory, keep_last, last_finite_step)
     except BaseException:
         if processes.is_first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -175,10 +175,10 @@ def _not_written(path: Path) -> Iterator[None]:
     except (CheckpointException, SafetensorError, OSError) as error:
         cause = _cause(error)
         if isinstance(cause, OSError) and cause.errno is not None:
-            raise file_error_in_words(cause, f"Writing {path}") from error
+            raise translated_file_error(cause, f"Writing {path}") from error
         if isinstance(cause, SafetensorError):  # it wraps the errors of the file system
             raise ResourceError(
-                f"Writing {path}: {in_words(cause)}. Make room on the disk; the same command line goes on from the "
+                f"Writing {path}: {brief_message(cause)}. Make room on the disk; the same command line goes on from the "
                 "checkpoint before."
             ) from error
         raise
@@ -238,7 +238,7 @@ def _no_damage(error: BaseException, path: Path) -> BaseException | None:
         if number == errno.ENOMEM:
             return MemoryError(str(cause))
         if number not in (None, errno.ENOENT):
-            return file_error_in_words(OSError(number, ""), f"Reading {path}")
+            return translated_file_error(OSError(number, ""), f"Reading {path}")
         # safetensors says of every file that it cannot open that it is not there.
         named = str(cause).partition("No such file or directory: ")[2].strip()
         if number is None and isinstance(cause, FileNotFoundError) and os.path.isfile(named):
@@ -272,5 +272,5 @@ def _in_words(error: BaseException) -> str:
     if isinstance(cause, OSError) and cause.errno is not None:
         return f"{Path(str(cause.filename)).name}: {os.strerror(cause.errno).lower()}"
     if isinstance(cause, RuntimeError | ValueError) and " " in str(cause):
-        return in_words(cause)
+        return brief_message(cause)
     return "a file of tensors is cut off or damaged"

@@ -11,10 +11,10 @@ from itertools import islice
 from dpocli.cache.schema import KeptType, Tile, kept_types
 from dpocli.cache.writer import CacheWriter
 from dpocli.config.options import DataOptions
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.data.encoder import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Skipped
-from dpocli.data.sources import Rows
+from dpocli.data.sources import SourceRows
 from dpocli.errors import DataError
 
 Encoded = tuple[Tile, list[EncodedPair], list[Skipped]]
@@ -26,11 +26,11 @@ ROWS_THAT_DECIDE_TYPES = 1024
 class TileEncoder:
     """Encodes tiles, tells each thing worth knowing once, and stops where too many rows give no pair."""
 
-    def __init__(self, rows: Rows, encoder: Encoder, options: DataOptions, terminal: Terminal) -> None:
+    def __init__(self, rows: SourceRows, encoder: Encoder, options: DataOptions, console: Console) -> None:
         self.rows = rows
         self.encoder = encoder
         self.options = options
-        self.terminal = terminal
+        self.console = console
         self._told: set[str] = set()
         self._is_over = threading.Event()
         self._skipped: Counter[str] = Counter()
@@ -77,7 +77,7 @@ class TileEncoder:
     def _tell(self, notices: Sequence[str]) -> None:
         for notice in notices:
             if notice not in self._told:
-                self.terminal.warn(notice)
+                self.console.warn(notice)
                 self._told.add(notice)
 
 
@@ -143,6 +143,6 @@ def _first_of(examples: Sequence[Skipped]) -> str:
     return f" The first: {first.where}: {first.reason}" + (f" ({detail})." if detail else ".")
 
 
-def types_of_kept(rows: Rows, names: Sequence[str]) -> dict[str, KeptType]:
+def types_of_kept(rows: SourceRows, names: Sequence[str]) -> dict[str, KeptType]:
     """Of the columns of `--keep-columns`."""
     return kept_types((raw.fields for raw in rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields), names)

@@ -18,22 +18,22 @@ from dpocli.commands.models import Candidate, candidates
 from dpocli.commands.pairs import Inputs, check_inputs, check_weights
 from dpocli.config.commands import EvaluateOptions
 from dpocli.config.loss_expression import LossChoice
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.console.progress import Progress
 from dpocli.distributed.launch import pick_device
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, PreemptedError, UsageError
 from dpocli.evaluation.pair_table import PairTable, ScoredPairs
 from dpocli.evaluation.report import Evaluated, report_of, write_report
 from dpocli.evaluation.second_reference import add_second_reference
 from dpocli.model.load import dtype_name, pick_dtype
-from dpocli.objective.logps import Wanted
+from dpocli.objective.logps import LogpColumns
 from dpocli.report.terminal_table import render
 from dpocli.report.token_heatmap import Showcase
 from dpocli.run.directory import RunDirectory
 from dpocli.scoring.frozen import frozen_scorer
-from dpocli.scoring.layout_check import sample, settle
+from dpocli.scoring.layout_check import choose_layout, sample
 from dpocli.scoring.passes import FILLER, my_passes, score, token_budget
 from dpocli.scoring.scorer import PairScorer, environment
 from dpocli.scoring.throughput import Throughput
@@ -44,7 +44,7 @@ PAIRS_AT_ONCE = 4096
 """Pairs that are sorted by length together; beyond it they are read in the order of the cache, which is fast."""
 
 
-def run(options: EvaluateOptions, terminal: Terminal) -> None:
+def run(options: EvaluateOptions, console: Console) -> None:
     """Scores every pair with each model, one model after the other, and reports what the rewards of each loss say."""
     device = pick_device(options.device, options.launcher)
     models = candidates(options)
@@ -52,10 +52,10 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
     for model in models:  # all of them, before the first pair is scored
         losses = list(model.losses.values())
         check_inputs(options, losses, model.provenance.trained_from)
-        inputs.append(Inputs.open(options, losses, model.tokenizer, terminal))
+        inputs.append(Inputs.open(options, losses, model.tokenizer, console))
     with (
-        joined(device, options.launcher) as processes,
-        RunDirectory(options.out, "evaluate", rank=processes.rank, say=terminal.say) as out,
+        init_processes(device, options.launcher) as processes,
+        RunDirectory(options.out, "evaluate", rank=processes.rank, say=console.say) as out,
         StopFlag() as stop,
     ):
         stores: list[PairStore] = []
@@ -63,7 +63,7 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
             first = stores[0] if stores else None
             reads_the_same = first is not None and options.reference is not None
             scratch = options.scratch or options.out
-            stores.append(first if first and reads_the_same else each.pairs(scratch, processes, terminal, beside=first))
+            stores.append(first if first and reads_the_same else each.pairs(scratch, processes, console, beside=first))
             for loss in model.losses.values():
                 check_weights(loss, [PairView(stores[-1], np.arange(len(stores[-1])))])
         _check_slices(options.slice_by, stores[0])
@@ -71,18 +71,20 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         check_gates(options.gates, models, stores, second)
         warnings = [text for each in zip(models, stores, strict=True) if (text := _other_reference(*each))]
         for text in warnings:
-            terminal.warn(text)
+            console.warn(text)
         out.write_config(options)
         if processes.is_first:
             remove_report(options.out)
 
-        def go_on() -> None:
+        def check_stop() -> None:
             if processes.any(bool(stop) or out.stop_requested()):
                 raise PreemptedError("Stopped on request. The same command line starts the evaluation again.")
 
         evaluated, scoring, shown = [], [], []
         for index, (model, store) in enumerate(zip(models, stores, strict=True)):
-            job = Job(options, model, store, second, processes, terminal, go_on, 0 if index else options.show_pairs)
+            job = EvaluateJob(
+                options, model, store, second, processes, console, check_stop, 0 if index else options.show_pairs
+            )
             found, throughput, ends = job.evaluated()
             evaluated.append(found)
             scoring.append(throughput)
@@ -101,14 +103,14 @@ def run(options: EvaluateOptions, terminal: Terminal) -> None:
         failed = judge_gates(options.gates, report)
         if processes.is_first:
             write_report(options.out, report, evaluated)
-            write_page(options, report, evaluated[0].table, shown[0], stores[0], terminal)
-        terminal.result(report, lambda printer: render(printer, report))
+            write_page(options, report, evaluated[0].table, shown[0], stores[0], console)
+        console.result(report, lambda printer: render(printer, report))
         if failed:
             raise failed
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class EvaluateJob:
     """One model over the pairs."""
 
     options: EvaluateOptions
@@ -116,8 +118,8 @@ class Job:
     store: PairStore
     second: PairStore | None
     processes: Processes
-    terminal: Terminal
-    go_on: Callable[[], None]
+    console: Console
+    check_stop: Callable[[], None]
     shows: int
     """Pairs at either end of the margins that are looked at token by token."""
 
@@ -126,7 +128,7 @@ class Job:
         model, losses = self.model, self.model.losses
         dtype = _dtype(self.options, self.store, self.processes.device)
         needs = {need for loss in losses.values() for need in loss.needs}
-        wanted = Wanted.by(needs, has_reference=self.store.has_reference)
+        wanted = LogpColumns.by(needs, has_reference=self.store.has_reference)
         team = self.processes.team(self.options.shards)
         budget = token_budget(self.options.token_budget, self.processes.device)
         scorer = frozen_scorer(model.files, model.options, dtype, team, budget, collision=wanted.collision)
@@ -148,15 +150,15 @@ class Job:
         step, run = model.provenance.step, model.provenance.run
         return Evaluated(model.name, table, losses, step, run, extra), throughput, ends
 
-    def _scored(self, scorer: PairScorer, wanted: Wanted) -> tuple[ScoredPairs, dict[str, Any]]:
+    def _scored(self, scorer: PairScorer, wanted: LogpColumns) -> tuple[ScoredPairs, dict[str, Any]]:
         options, store, processes = self.options, self.store, self.processes
         tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
-        settle(scorer, tried, options.scoring, processes, self.terminal.say)
+        choose_layout(scorer, tried, options.scoring, processes, self.console.say)
         throughput = Throughput(scorer)
         what = "evaluate" if len(options.model) == 1 else f"evaluate {self.model.name}"
-        with self.terminal.progress(len(store), what) as progress, throughput.clock():
-            parts = list(_scored(scorer, wanted, store, processes, progress, self.go_on, options.slice_by))
-        return ScoredPairs.joined(processes.gather(parts)), throughput.summary()
+        with self.console.progress(len(store), what) as progress, throughput.clock():
+            parts = list(_scored(scorer, wanted, store, processes, progress, self.check_stop, options.slice_by))
+        return ScoredPairs.init_processes(processes.gather(parts)), throughput.summary()
 
 
 def _dtype(options: EvaluateOptions, store: PairStore, device: torch.device) -> torch.dtype:
@@ -184,11 +186,11 @@ def _check_slices(names: Sequence[str], store: PairStore) -> None:
 
 def _scored(
     scorer: PairScorer,
-    wanted: Wanted,
+    wanted: LogpColumns,
     store: PairStore,
     processes: Processes,
     progress: Progress,
-    go_on: Callable[[], None],
+    check_stop: Callable[[], None],
     kept: Sequence[str],
 ) -> Iterator[ScoredPairs]:
     """This process's pairs, in pieces of a window each: one a pass would weigh more than what it holds."""
@@ -196,7 +198,7 @@ def _scored(
         view = PairView(store, np.arange(start, min(start + PAIRS_AT_ONCE, len(store))))
         passes = []
         for positions, pairs in my_passes(view, np.arange(len(view)), scorer.packing, processes):
-            go_on()
+            check_stop()
             with torch.no_grad():
                 batch, tokens = score(scorer, pairs or [FILLER])
                 if not pairs:
@@ -205,7 +207,7 @@ def _scored(
             progress.update(pairs=len(pairs) * processes.count, tokens=batch.num_tokens * processes.count)
             passes.append((start + positions, pairs, logps))
         if passes:  # fetched here, so that no pass waits for the one before it to leave the accelerator
-            yield ScoredPairs.joined([ScoredPairs.of(*each, wanted, kept) for each in passes])
+            yield ScoredPairs.init_processes([ScoredPairs.of(*each, wanted, kept) for each in passes])
 
 
 def _check_finite(rows: NDArray[np.int64], values: NDArray[np.float64], what: str) -> None:

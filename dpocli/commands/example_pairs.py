@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpocli.cache.reader import PairStore
 from dpocli.cache.view import PairView
 from dpocli.config.commands import EvaluateOptions
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.console.progress import Nothing, Progress
 from dpocli.data.detokenize import decoded, token_texts
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
@@ -68,7 +68,7 @@ def write_page(
     table: PairTable,
     shown: Showcase,
     store: PairStore,
-    terminal: Terminal,
+    console: Console,
 ) -> None:
     """`report.html` and its plots, after the figures are safe: what fails in drawing them is said, and loses nothing.
 
@@ -83,7 +83,7 @@ def write_page(
     except DpoError:
         raise
     except Exception as error:
-        terminal.warn(
+        console.warn(
             f"{FILE_NAME} could not be made ({type(error).__name__}: {error}). metrics.json and pairs.parquet are whole."
         )
 

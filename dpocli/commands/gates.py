@@ -12,7 +12,7 @@ from dpocli.errors import GateError, UsageError
 from dpocli.evaluation.pair_table import PairTable, ScoredPairs
 from dpocli.evaluation.report import Evaluated, report_of
 from dpocli.evaluation.second_reference import add_second_reference
-from dpocli.objective.logps import Wanted
+from dpocli.objective.logps import LogpColumns
 
 
 def check_gates(
@@ -59,7 +59,7 @@ def _told(outcome: Mapping[str, Any]) -> str:
 
 def _pretended(model: Candidate, store: PairStore, second: PairStore | None) -> Evaluated:
     needs = {need for loss in model.losses.values() for need in loss.needs}
-    wanted = Wanted.by(needs, has_reference=store.has_reference)
+    wanted = LogpColumns.by(needs, has_reference=store.has_reference)
     about: dict[str, Any] = {
         name: np.ones(2, dtype=np.int64)
         for name in ("weight", "chosen_tokens", "rejected_tokens", "prompt_tokens", "num_turns")

@@ -11,7 +11,7 @@ from dpocli.config.commands import EvaluateOptions
 from dpocli.config.loss_expression import LossChoice, named
 from dpocli.config.options import ModelOptions
 from dpocli.model.identity import ModelFiles
-from dpocli.model.resolve import load_tokenizer, locate_model
+from dpocli.model.resolve import load_tokenizer, resolve_model
 from dpocli.model.save import Provenance
 from dpocli.objective.losses import States
 from dpocli.run.files import STATE_NAME, read_json
@@ -58,7 +58,7 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
     Raises:
         UsageError: one is no model, or a loss cannot be had.
     """
-    located = [(each, locate_model(each, checkpoints=True)) for each in map(options.of_model, options.model)]
+    located = [(each, resolve_model(each, checkpoints=True)) for each in map(options.of_model, options.model)]
     provenances = [Provenance.of(files.checkpoint or files.adapter or files.directory) for _, files in located]
     judged_by = next((provenance.loss for provenance in provenances if provenance.loss), None)
     return [

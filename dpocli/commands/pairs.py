@@ -17,9 +17,9 @@ from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOpti
 from dpocli.config.flags import options_of
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.losses import CATALOGUE
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.data.encoder import Encoder
-from dpocli.data.sources import Rows, open_rows
+from dpocli.data.sources import SourceRows, open_rows
 from dpocli.distributed.processes import Processes
 from dpocli.errors import CacheError, DataError, UsageError
 from dpocli.run.output_check import check_out
@@ -35,7 +35,7 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     reference: PairStore | None
     """The cache of `--reference`."""
-    rows: Rows | None
+    rows: SourceRows | None
     """Those of `--data`."""
     held_out: PairStore | None
     """The cache of `--eval-reference`."""
@@ -46,7 +46,7 @@ class Inputs:
         options: TrainOptions | EvaluateOptions,
         losses: Sequence[LossChoice],
         tokenizer: PreTrainedTokenizerBase,
-        terminal: Terminal,
+        console: Console,
     ) -> "Inputs":
         """Opens what the options name, and tells what is worth knowing about the tokenizer.
 
@@ -56,10 +56,10 @@ class Inputs:
             CacheError: a cache is missing, incomplete, damaged, of another tokenizer or of another reference, or holds no
                 log-probs although the loss needs them.
         """
-        reference = _open_cache(options.reference, losses, tokenizer, terminal) if options.reference else None
+        reference = _open_cache(options.reference, losses, tokenizer, console) if options.reference else None
         held_out = None
         if isinstance(options, TrainOptions) and options.eval_reference:
-            held_out = _open_cache(options.eval_reference, losses, tokenizer, terminal)
+            held_out = _open_cache(options.eval_reference, losses, tokenizer, console)
             _refuse_empty(held_out)
             if reference is not None and reference.has_reference:
                 reference.check_same_reference(held_out)
@@ -67,7 +67,7 @@ class Inputs:
         return cls(options, tokenizer, reference, rows, held_out)
 
     def pairs(
-        self, scratch: Path, processes: Processes, terminal: Terminal, *, beside: PairStore | None = None
+        self, scratch: Path, processes: Processes, console: Console, *, beside: PairStore | None = None
     ) -> PairStore:
         """The pairs of `--reference`; or of `--data`, encoded under `scratch` first.
 
@@ -84,7 +84,7 @@ class Inputs:
         store = self.reference
         if store is None:
             assert self.rows is not None
-            store = _encoded(self.options, self.tokenizer, self.rows, scratch, processes, terminal, beside)
+            store = _encoded(self.options, self.tokenizer, self.rows, scratch, processes, console, beside)
         _refuse_empty(store)
         if isinstance(self.options, TrainOptions) and not store.weights.any():
             raise DataError(
@@ -126,7 +126,7 @@ def check_weights(loss: LossChoice, views: Sequence[PairView]) -> None:
 
 
 def fingerprint_of_rows(
-    options: TrainOptions | EvaluateOptions, tokenizer: PreTrainedTokenizerBase, rows: Rows
+    options: TrainOptions | EvaluateOptions, tokenizer: PreTrainedTokenizerBase, rows: SourceRows
 ) -> Fingerprint:
     """Of the pairs that the rows of `--data` become, without encoding them."""
     return build_fingerprint(
@@ -161,11 +161,11 @@ def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str |
 
 
 def _open_cache(
-    directory: Path, losses: Sequence[LossChoice], tokenizer: PreTrainedTokenizerBase, terminal: Terminal
+    directory: Path, losses: Sequence[LossChoice], tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> PairStore:
     store = PairStore.open(directory)
     if notes := store.check_tokenizer(tokenizer):
-        terminal.warn(f"Since {directory} was made: {'; '.join(notes)}. The cached pairs are used as they are.")
+        console.warn(f"Since {directory} was made: {'; '.join(notes)}. The cached pairs are used as they are.")
     needing = [loss.label for loss in losses if loss.needs_reference]
     if needing and not store.has_reference:
         raise CacheError(
@@ -183,10 +183,10 @@ def _refuse_empty(store: PairStore) -> None:
 def _encoded(
     options: TrainOptions | EvaluateOptions,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
+    rows: SourceRows,
     scratch: Path,
     processes: Processes,
-    terminal: Terminal,
+    console: Console,
     beside: PairStore | None,
 ) -> PairStore:
     fingerprint = fingerprint_of_rows(options, tokenizer, rows)
@@ -196,9 +196,9 @@ def _encoded(
     needs_name = options.scratch or beside is not None
     directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if needs_name else "pairs")
     kept = types_of_kept(rows, options.keep_columns)
-    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=terminal.warn)
+    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=console.warn)
     writer.check()
-    tiles = TileEncoder(rows, Encoder(tokenizer, options), options, terminal)
+    tiles = TileEncoder(rows, Encoder(tokenizer, options), options, console)
     missing = writer.missing(processes.rank, processes.count)
     with writing_behind(writer) as parts, closing(tiles.encode(missing)) as encoded:
         for tile in encoded:

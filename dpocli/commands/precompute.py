@@ -20,43 +20,43 @@ from dpocli.commands import precompute_estimate
 from dpocli.commands.encoding import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.commands.reference import Reference
 from dpocli.config.commands import PrecomputeOptions
-from dpocli.console.console import Printer, Terminal
+from dpocli.console.console import Console, Printer
 from dpocli.data.encoder import Encoder
-from dpocli.data.sources import Rows, open_rows
+from dpocli.data.sources import SourceRows, open_rows
 from dpocli.distributed.launch import launched, pick_device
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.distributed.signals import StopFlag
 from dpocli.errors import CacheError, DataError, PreemptedError, mark_recorded
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import dtype_name, pick_dtype
-from dpocli.model.resolve import load_tokenizer, locate_model
+from dpocli.model.resolve import load_tokenizer, resolve_model
 from dpocli.run.directory import RunDirectory
 from dpocli.run.output_check import check_out
 from dpocli.scoring.scorer import environment
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PrecomputeJob:
     """What a command line comes to, before anything is written."""
 
     options: PrecomputeOptions
-    terminal: Terminal
+    console: Console
     device: torch.device
     dtype: torch.dtype
     model: ModelFiles
     tokenizer: PreTrainedTokenizerBase
-    rows: Rows
+    rows: SourceRows
     team: Processes
     """Those that share one copy of the model with this one."""
 
     @classmethod
-    def of(cls, options: PrecomputeOptions, terminal: Terminal, everyone: Processes) -> "Job":
+    def of(cls, options: PrecomputeOptions, console: Console, everyone: Processes) -> "PrecomputeJob":
         device = everyone.device
         dtype = pick_dtype(options.dtype, device, recorded=recorded_dtype(options.out))
-        model = locate_model(options)
+        model = resolve_model(options)
         tokenizer = load_tokenizer(model, options)
-        job = cls(options, terminal, device, dtype, model, tokenizer, open_rows(options), everyone.team(options.shards))
+        job = cls(options, console, device, dtype, model, tokenizer, open_rows(options), everyone.team(options.shards))
         check_out(options.out, "precompute")
         return job
 
@@ -75,13 +75,13 @@ class Job:
             hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
         )
         kept = types_of_kept(self.rows, options.keep_columns)
-        say = self.terminal.warn
+        say = self.console.warn
         return CacheWriter(options.out, fingerprint, self.rows.num_rows, options.rows_per_part, kept, say=say)
 
     def reference(self, writer: CacheWriter) -> Reference:
         """Loads nothing yet."""
         reusable = Reusable.open(self.options.reuse, writer.fingerprint)
-        say = self.terminal.say
+        say = self.console.say
         return Reference(self.model, self.options, self.dtype, self.team, reusable, writer.inform, say)
 
     def missing(self, writer: CacheWriter, between: Callable[[], None] = lambda: None) -> list[Tile]:
@@ -93,13 +93,13 @@ class Job:
         return self.team.from_first(mine)
 
 
-def run(options: PrecomputeOptions, terminal: Terminal) -> None:
+def run(options: PrecomputeOptions, console: Console) -> None:
     """Fills this worker's share of the cache, or only looks: at what that would take, or at what a finished one holds."""
     device = pick_device(options.device, options.launcher)
     # Processes that do not share a model need not know of each other.
     apart = nullcontext(Processes(0, 1, device))
-    with joined(device, options.launcher) if options.shards > 1 else apart as everyone:
-        job = Job.of(options, terminal, everyone)
+    with init_processes(device, options.launcher) if options.shards > 1 else apart as everyone:
+        job = PrecomputeJob.of(options, console, everyone)
         if not (options.verify or options.dry_run):
             return _fill(job)
         try:
@@ -109,17 +109,15 @@ def run(options: PrecomputeOptions, terminal: Terminal) -> None:
             raise
 
 
-def _fill(job: Job) -> None:
+def _fill(job: PrecomputeJob) -> None:
     """Tiles that are there already are not touched."""
-    options, terminal = job.options, job.terminal
+    options, console = job.options, job.console
     rank, _, _ = launched(options.launcher)
     with ExitStack() as stack:
         out = stack.enter_context(
-            RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=terminal.say)
+            RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=console.say)
         )
-        terminal.say(
-            f"{job.rows.num_rows:,} rows; reference {options.model} in {dtype_name(job.dtype)} on {job.device}"
-        )
+        console.say(f"{job.rows.num_rows:,} rows; reference {options.model} in {dtype_name(job.dtype)} on {job.device}")
         writer = job.writer()  # hashes the model; until here there is nothing to save, and a signal ends it at once
         writer.check()
         reference = job.reference(writer)
@@ -136,16 +134,16 @@ def _fill(job: Job) -> None:
             # Others begin at the beginning; whoever starts elsewhere meets them late.
             start = random.randrange(max(len(missing), 1))
             missing = missing[start:] + missing[:start]
-            terminal.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
+            console.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
         missing = job.team.from_first(missing)
-        tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options), options, terminal)
+        tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options), options, console)
 
         with (
-            terminal.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
+            console.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
             writing_behind(writer) as parts,
         ):
 
-            def go_on() -> None:
+            def check_stop() -> None:
                 """The open tile is thrown away: what counts is that the node is left in time."""
                 parts.check()
                 heed_stop(parts.wait)  # so that the part before is counted
@@ -155,14 +153,14 @@ def _fill(job: Job) -> None:
                 still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
             with closing(tiles.encode(still_missing)) as encoded:
                 for tile, pairs, skipped in encoded:
-                    go_on()
-                    complete = reference.complete(pairs, progress, go_on)
+                    check_stop()
+                    complete = reference.complete(pairs, progress, check_stop)
                     if job.team.is_first:
                         parts.write(tile, complete, skipped)
                     progress.update(advance=len(skipped))
         summary = _summary(options, writer, tiles) | reference.figures()
         if splits := reference.num_splits:
-            terminal.say(
+            console.say(
                 f"Memory ran out in {splits:,} {'pass' if splits == 1 else 'passes'}, made in two instead: the values are the "
                 "same. A smaller --token-budget saves that time."
             )
@@ -171,7 +169,7 @@ def _fill(job: Job) -> None:
             summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
         # Whoever writes the last part has the last word, whether it is the first process or not.
         out.write_summary(summary, from_any=summary["complete"])
-        terminal.result(summary, lambda printer: _render(printer, summary))
+        console.result(summary, lambda printer: _render(printer, summary))
 
 
 def _unless_present(tiles: Iterable[Tile], writer: CacheWriter, skip: Callable[[Tile], None]) -> Iterator[Tile]:
@@ -183,21 +181,21 @@ def _unless_present(tiles: Iterable[Tile], writer: CacheWriter, skip: Callable[[
             yield tile
 
 
-def _estimate(job: Job) -> None:
+def _estimate(job: PrecomputeJob) -> None:
     writer = job.writer()
     writer.check_parts()
     left = sum(tile.num_rows for tile in job.missing(writer))
     encoder = Encoder(job.tokenizer, job.options)
-    with job.terminal.progress(None, "probe") as progress:
+    with job.console.progress(None, "probe") as progress:
         figures = precompute_estimate.estimate(
             job.rows, encoder, job.options, writer, job.reference(writer), left, progress
         )
-    job.terminal.result(figures, lambda printer: precompute_estimate.render(printer, figures))
+    job.console.result(figures, lambda printer: precompute_estimate.render(printer, figures))
     if figures["stops"]:
         raise DataError(figures["stops"])
 
 
-def _verify(job: Job) -> None:
+def _verify(job: PrecomputeJob) -> None:
     options = job.options
     assert options.verify
     writer, store = job.writer(), PairStore.open(options.out)
@@ -206,10 +204,10 @@ def _verify(job: Job) -> None:
             f"--verify: the cache {options.out} was made with other settings than these ({'; '.join(differences)}). Give those "
             "that it was made with."
         )
-    with job.terminal.progress(min(options.verify, len(store)), "verify") as progress:
+    with job.console.progress(min(options.verify, len(store)), "verify") as progress:
         found = job.reference(writer).verify(store, options.verify, progress)
     figures = {"out": str(options.out), "verified": asdict(found)}
-    job.terminal.result(figures, lambda printer: printer.say(f"{options.out} holds what this model gives: {found}."))
+    job.console.result(figures, lambda printer: printer.say(f"{options.out} holds what this model gives: {found}."))
 
 
 def _summary(options: PrecomputeOptions, writer: CacheWriter, tiles: TileEncoder) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dpocli.console.console import Printer
 from dpocli.console.progress import Progress, format_duration
 from dpocli.data.encoder import Encoder, encode_rows
 from dpocli.data.preference import EncodedPair, Skipped
-from dpocli.data.sources import Rows
+from dpocli.data.sources import SourceRows
 
 SAMPLED_ROWS = 2048
 """Rows that are encoded; all of them where there are no more."""
@@ -27,7 +27,7 @@ PROBED_TOKENS = 10_000
 
 
 def estimate(
-    rows: Rows,
+    rows: SourceRows,
     encoder: Encoder,
     options: DataOptions,
     writer: CacheWriter,

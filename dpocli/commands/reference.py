@@ -16,7 +16,7 @@ from dpocli.distributed.processes import Processes
 from dpocli.errors import CacheError
 from dpocli.model.identity import ModelFiles
 from dpocli.scoring.frozen import frozen_scorer
-from dpocli.scoring.layout_check import PairsInMemory, sample, settle, window_of
+from dpocli.scoring.layout_check import PairsInMemory, choose_layout, sample, window_of
 from dpocli.scoring.passes import reference_logps, token_budget
 from dpocli.scoring.scorer import PairScorer, environment
 from dpocli.scoring.throughput import Throughput
@@ -57,9 +57,9 @@ class Reference:
         self._num_reused = 0
 
     def complete(
-        self, pairs: Sequence[EncodedPair], progress: Progress, go_on: Callable[[], None]
+        self, pairs: Sequence[EncodedPair], progress: Progress, check_stop: Callable[[], None]
     ) -> list[EncodedPair]:
-        """The pairs of a tile, in their order, with log-probs. `go_on` is called before each pass, and may raise."""
+        """The pairs of a tile, in their order, with log-probs. `check_stop` is called before each pass, and may raise."""
         known = self.reusable.take_over(pairs)
         open_places = [place for place, pair in enumerate(known) if pair.reference is None]
         self._num_reused += len(known) - len(open_places)
@@ -68,7 +68,7 @@ class Reference:
             todo = [known[place] for place in open_places]
             self._settle(todo)
             with self._throughput.clock():
-                scored = reference_logps(self._scorer, todo, progress, go_on, self._team)
+                scored = reference_logps(self._scorer, todo, progress, check_stop, self._team)
             for place, pair in zip(open_places, scored, strict=True):
                 known[place] = pair
         return known
@@ -125,6 +125,6 @@ class Reference:
         is_first_beyond = window and self._longest_tried <= window < longest
         if self._longest_tried and not (reaches_further or is_first_beyond):
             return
-        settle(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._team, self._say)
+        choose_layout(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._team, self._say)
         self._longest_tried = longest
         self._inform(environment(self._team.device, self._scorer))

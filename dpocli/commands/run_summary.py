@@ -18,12 +18,12 @@ from dpocli.training.model_selection import Evaluation, best, evaluations
 from dpocli.training.schedule import Schedule
 from dpocli.training.trainer import Trainer
 
-Rows = Sequence[Mapping[str, Any]]
+MetricRows = Sequence[Mapping[str, Any]]
 
 NO_BETTER = "no better than untrained"
 
 
-def facts(trainer: Trainer, rows: Rows, steps: int, model_step: int) -> dict[str, Any]:
+def facts(trainer: Trainer, rows: MetricRows, steps: int, model_step: int) -> dict[str, Any]:
     """What a run did, found and took. To be called on every process.
 
     Args:
@@ -59,7 +59,7 @@ def facts(trainer: Trainer, rows: Rows, steps: int, model_step: int) -> dict[str
     }
 
 
-def run_warnings(trainer: Trainer, rows: Rows, found: Sequence[Evaluation]) -> list[RunWarning]:
+def run_warnings(trainer: Trainer, rows: MetricRows, found: Sequence[Evaluation]) -> list[RunWarning]:
     """All that were said in the course of the run, by whichever start of it, in the order of their steps."""
     first = truncation_warning(trainer.view)
     return [

@@ -18,21 +18,21 @@ from dpocli.commands.run_summary import no_better_warning, render, truncation_wa
 from dpocli.commands.train_outputs import finish
 from dpocli.config.commands import TrainOptions
 from dpocli.config.loss_expression import LossChoice
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.distributed.launch import pick_device
-from dpocli.distributed.processes import joined
+from dpocli.distributed.processes import init_processes
 from dpocli.distributed.shared_filesystem import check_shared
 from dpocli.distributed.signals import StopFlag
 from dpocli.errors import UsageError, mark_recorded
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.identity import ModelFiles, ModelIdentity
 from dpocli.model.load import pick_dtype
-from dpocli.model.resolve import load_tokenizer, locate_model
+from dpocli.model.resolve import load_tokenizer, resolve_model
 from dpocli.model.save import Provenance
 from dpocli.run.directory import RunDirectory
-from dpocli.scoring.layout_check import sample, settle
+from dpocli.scoring.layout_check import choose_layout, sample
 from dpocli.training.loop import run_steps
-from dpocli.training.monitor import Narration
+from dpocli.training.monitor import Monitor
 from dpocli.training.optimizers import make_optimizer
 from dpocli.training.plan import Plan
 from dpocli.training.policy import load_policy
@@ -43,32 +43,32 @@ from dpocli.training.trackers import Trackers, check_trackers
 from dpocli.training.trainer import Trainer
 
 
-def run(options: TrainOptions, terminal: Terminal) -> None:
+def run(options: TrainOptions, console: Console) -> None:
     """Trains, or goes on where the same line stopped, or says that there is nothing left to do; or only plans it."""
     try:
-        _run(options, terminal)
+        _run(options, console)
     except BaseException as error:
         if options.dry_run:
             mark_recorded(error)  # who only looks leaves no trace
         raise
 
 
-def _run(options: TrainOptions, terminal: Terminal) -> None:
+def _run(options: TrainOptions, console: Console) -> None:
     loss = options.loss_choice()
     check_inputs(options, [loss])
     device = pick_device(options.device, options.launcher)
-    files = locate_model(options)
+    files = resolve_model(options)
     options = options.for_model(is_adapter=files.adapter is not None)
     if finished := finished_summary(options):
         check_same_content(options, finished, files)
-        terminal.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
+        console.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
         return
     tokenizer = load_tokenizer(files, options)
     check_trackers(options)
-    inputs = Inputs.open(options, [loss], tokenizer, terminal)
+    inputs = Inputs.open(options, [loss], tokenizer, console)
     with ExitStack() as stack:
-        processes = stack.enter_context(joined(device, options.launcher, even_alone=True))
-        out = RunDirectory(options.out, "train", rank=processes.rank, say=terminal.say)
+        processes = stack.enter_context(init_processes(device, options.launcher, even_alone=True))
+        out = RunDirectory(options.out, "train", rank=processes.rank, say=console.say)
         scratch, checkpoints = options.scratch or options.out, options.out / "checkpoints"
         if options.dry_run:
             own = Path(stack.enter_context(TemporaryDirectory(dir=options.scratch)))
@@ -79,30 +79,30 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
             stack.enter_context(out)
             check_shared(options.out, processes)
         stop = stack.enter_context(StopFlag())
-        store = inputs.pairs(scratch, processes, terminal)
+        store = inputs.pairs(scratch, processes, console)
         training, held_out = split_pairs(options, store, inputs.held_out)
         check_weights(loss, [view for view in (training, held_out) if view])
         dtype = _training_dtype(options, store, device)
         schedule = Schedule.plan(options, len(training), processes.count)
         policy = load_policy(options, loss, files, dtype, processes)
         with policy.dropout_off():
-            settle(
+            choose_layout(
                 policy.scorer,
                 sample(policy.scorer, [view for view in (training, held_out) if view], options.seed),
                 options.scoring,
                 processes,
-                terminal.say,
-                policy.gradient_of,
+                console.say,
+                policy.outer_gradient,
                 dropout=options.model_dropout,
             )
         set_token_budget(policy, training, options, Device.of(device))
         optimizer = make_optimizer(policy, options)
         plan = Plan.of(options, loss, policy, training, held_out, schedule, dtype)
         if options.dry_run:
-            terminal.result(plan.to_json(), plan.render)
+            console.result(plan.to_json(), plan.render)
             processes.wait()  # until all have read what the first one is about to clear away
             return
-        plan.tell(terminal)
+        plan.tell(console)
         identity = processes.first_does(lambda: _identity(files, options))
         trainer = Trainer(
             policy,
@@ -115,33 +115,33 @@ def _run(options: TrainOptions, terminal: Terminal) -> None:
             processes,
             _provenance(options, loss, files, store),
             Content.of(files, identity, training, held_out),
-            terminal.say,
+            console.say,
         )
         stack.callback(trainer.close)
-        done = trainer.restore(checkpoints, terminal.warn)
+        done = trainer.restore(checkpoints, console.warn)
         out.update(step=done, at_once=True)
         if done:
-            terminal.say(f"Going on after step {done} of {schedule.num_steps}.")
+            console.say(f"Going on after step {done} of {schedule.num_steps}.")
         else:
             if store.has_reference:
-                found = check_step0(options, policy, training, identity, dtype, processes, terminal)
+                found = check_step0(options, policy, training, identity, dtype, processes, console)
                 trainer.account.notes["step0"] = asdict(found)
             if warning := truncation_warning(training):
-                terminal.warn(warning.text)
+                console.warn(warning.text)
         trackers = stack.enter_context(Trackers(options, done + 1, enabled=processes.is_first))
         # Only now: a start that was refused may be mended with other settings in the same directory.
         out.write_config(options)
-        narration = Narration(trainer, out, trackers, terminal)
-        steps = run_steps(trainer, done + 1, held_out, checkpoints, out, stop, narration)
+        monitor = Monitor(trainer, out, trackers, console)
+        steps = run_steps(trainer, done + 1, held_out, checkpoints, out, stop, monitor)
         if steps < schedule.num_steps:
-            terminal.say(
+            console.say(
                 f"Stopped early after step {steps} of {schedule.num_steps}: the held-out loss has not improved for "
                 f"{options.early_stopping} evaluations."
             )
-        summary = finish(options, loss, out, trainer, tokenizer, files, steps, terminal)
+        summary = finish(options, loss, out, trainer, tokenizer, files, steps, console)
         if text := no_better_warning(summary):
-            terminal.warn(text)
-        terminal.result(summary, lambda printer: render(printer, summary, options))
+            console.warn(text)
+        console.result(summary, lambda printer: render(printer, summary, options))
 
 
 def split_pairs(

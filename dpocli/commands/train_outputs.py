@@ -12,7 +12,7 @@ from dpocli.commands.resume import inputs_of
 from dpocli.commands.run_summary import facts
 from dpocli.config.commands import TrainOptions
 from dpocli.config.loss_expression import LossChoice
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.errors import NumericsError, UsageError
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import source_dtype
@@ -31,7 +31,7 @@ def finish(
     tokenizer: PreTrainedTokenizerBase,
     files: ModelFiles,
     steps: int,
-    terminal: Terminal,
+    console: Console,
 ) -> dict[str, Any]:
     """The model (with --keep-best, of the best step), the curves and the summary."""
     policy, checkpoints, model_step = trainer.policy, options.out / "checkpoints", steps
@@ -43,7 +43,7 @@ def finish(
         raise NumericsError(
             f"After step {model_step} {len(broken)} weights are not finite ({broken[0]}, …); no model was saved. Train again "
             "with a lower --learning-rate in another --out. The last good checkpoint: "
-            f"{trainer.last_sound_checkpoint(checkpoints) or 'there is none'}."
+            f"{trainer.last_finite_checkpoint(checkpoints) or 'there is none'}."
         )
     rows = out.metrics.rows()
     summary: dict[str, Any] = {
@@ -88,7 +88,7 @@ def finish(
                 dtype,
                 provenance,
             )
-        draw_curves_or_warn(out, terminal)
+        draw_curves_or_warn(out, console)
         out.write_summary(summary)
     policy.processes.wait()
     return summary

@@ -1,6 +1,6 @@
 """What the user sees. stdout carries the result and nothing else; messages, tables on the way and progress go to stderr.
 
-Under a launcher every process makes its own `Terminal`; those other than rank 0 are silent, except for errors.
+Under a launcher every process makes its own `Console`; those other than rank 0 are silent, except for errors.
 """
 
 import json
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, TextIO
 
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -49,7 +49,7 @@ class Printer:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
         width = None if stream.isatty() else WIDTH_OF_A_FILE
-        self._console = _Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
+        self._console = _QuietConsole(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
     def say(self, text: str, prefix: str = "", style: str = "") -> None:
         """One paragraph. It is never wrapped, so that commands in it can be copied and logs be searched."""
@@ -66,7 +66,7 @@ class Printer:
         self._console.print(table)
 
 
-class _Console(Console):
+class _QuietConsole(RichConsole):
     def on_broken_pipe(self) -> None:
         """A reader who has gone away (`| head`, a dead log pipe) is no reason to stop a run of days; rich would."""
         silence(self.file)
@@ -88,7 +88,7 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass
-class Terminal:
+class Console:
     """Everything that a command says to its user.
 
     Args:

@@ -16,7 +16,7 @@ from dpocli.data.pair_tokens import PairTokens, canonical, common_prefix_length,
 from dpocli.data.preference import EncodedPair, Preference, Skipped, SkipReason, TokenIds, TokenMask
 from dpocli.data.rendering import REWRITTEN, Draft, MessageDrafter, SideText, draft_text, is_empty, num_turns
 from dpocli.data.row_file import RawRow
-from dpocli.data.sources import Rows
+from dpocli.data.sources import SourceRows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -173,7 +173,7 @@ class Encoder:
 
 
 def encode_rows(
-    rows: Rows, encoder: Encoder, options: DataOptions, start: int, stop: int
+    rows: SourceRows, encoder: Encoder, options: DataOptions, start: int, stop: int
 ) -> Iterator[EncodedPair | Skipped]:
     """Rows [start, stop), in order, one result each.
 

@@ -13,7 +13,7 @@ from dpocli.data.parquet_files import DatasetRows, Parquet
 from dpocli.data.row_file import ContentPart, RawRow, RowFile
 from dpocli.errors import DataError, UsageError
 
-__all__ = ["ContentPart", "RawRow", "Rows", "open_rows"]
+__all__ = ["ContentPart", "RawRow", "SourceRows", "open_rows"]
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -21,7 +21,7 @@ _ACCEPTED = ".jsonl, .jsonl.gz, .json and .parquet files, a directory of them, o
 
 
 @dataclass(frozen=True)
-class Rows:
+class SourceRows:
     """All rows of all files, in the order given, `--limit` applied."""
 
     files: tuple[RowFile, ...]
@@ -45,7 +45,7 @@ class Rows:
                 yield from file.read(first, min(last, file.num_rows))
 
 
-def open_rows(options: DataOptions) -> Rows:
+def open_rows(options: DataOptions) -> SourceRows:
     """Find, count and hash what `--data` names: one pass over the bytes of every file.
 
     Raises:
@@ -64,7 +64,7 @@ def open_rows(options: DataOptions) -> Rows:
             "files. Leave it out, or name the files of that split."
         )
     num_rows = files[-1].first_row + files[-1].num_rows
-    return Rows(tuple(files), num_rows if options.limit is None else min(num_rows, options.limit))
+    return SourceRows(tuple(files), num_rows if options.limit is None else min(num_rows, options.limit))
 
 
 def _open_named(name: str, options: DataOptions, first_row: int) -> list[RowFile]:

@@ -121,7 +121,9 @@ class Processes:
 
 
 @contextmanager
-def joined(device: torch.device, launcher: Launcher = "torchrun", *, even_alone: bool = False) -> Iterator[Processes]:
+def init_processes(
+    device: torch.device, launcher: Launcher = "torchrun", *, even_alone: bool = False
+) -> Iterator[Processes]:
     """Joins the process group that the launcher's environment names, and leaves it at the end.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpocli.distributed.processes import Processes
 from dpocli.errors import UsageError
-from dpocli.run.files import file_errors_in_words
+from dpocli.run.files import translating_file_errors
 
 PATIENCE_SECONDS = 60.0
 """A network file system may tell that a directory is not there for so long after another machine has made it."""
@@ -61,5 +61,5 @@ def appears(path: Path, sleep: Callable[[float], None] = time.sleep) -> bool:
 def _write(probe: Path) -> None:
     for leftover in probe.parent.glob(f"{_NAME}*"):  # of a killed start
         leftover.unlink(missing_ok=True)
-    with file_errors_in_words(f"Writing into --out {probe.parent}"):
+    with translating_file_errors(f"Writing into --out {probe.parent}"):
         probe.touch()

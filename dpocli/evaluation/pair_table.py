@@ -12,7 +12,7 @@ from dpocli.config.loss_expression import LossChoice
 from dpocli.data.preference import EncodedPair
 from dpocli.evaluation.bootstrap import Clusters
 from dpocli.evaluation.slices import KEPT
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.objective.losses import States, compute
 
 _LOGPS = {
@@ -34,7 +34,7 @@ class ScoredPairs:
     """What they are: columns of `pairs.parquet`, each of shape (pairs,)."""
     matrix: NDArray[np.float64]
     """Their `PairLogps`, shape (pairs, columns)."""
-    wanted: Wanted
+    wanted: LogpColumns
     """Which those columns are."""
 
     @classmethod
@@ -43,7 +43,7 @@ class ScoredPairs:
         positions: NDArray[np.int64],
         pairs: Sequence[EncodedPair],
         logps: PairLogps,
-        wanted: Wanted,
+        wanted: LogpColumns,
         kept: Sequence[str] = (),
     ) -> "ScoredPairs":
         """The pairs of one micro-batch. `kept`: the columns of their data that are carried along."""
@@ -64,7 +64,7 @@ class ScoredPairs:
         return cls(positions, about, logps.matrix().cpu().numpy(), wanted)
 
     @classmethod
-    def joined(cls, parts: Sequence["ScoredPairs"]) -> "ScoredPairs":
+    def init_processes(cls, parts: Sequence["ScoredPairs"]) -> "ScoredPairs":
         """All parts, in the order of the cache, whoever scored them."""
         positions = np.concatenate([part.positions for part in parts])
         order = np.argsort(positions, kind="stable")

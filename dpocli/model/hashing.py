@@ -13,7 +13,7 @@ from typing import Any
 
 from dpocli.data.row_file import ContentPart
 from dpocli.errors import DpoError, UsageError
-from dpocli.run.files import file_errors_in_words, read_json, write_json
+from dpocli.run.files import read_json, translating_file_errors, write_json
 
 MAX_THREADS = 8
 
@@ -125,7 +125,7 @@ def weights_hashes(model_dir: Path, hash_memory: HashMemory | None = None) -> di
     memory = hash_memory or HashMemory()
     names = weights_files(model_dir)
     threads = ThreadPoolExecutor(max_workers=min(len(names), MAX_THREADS))
-    with file_errors_in_words(f"Hashing the weights in {model_dir}"), threads:
+    with translating_file_errors(f"Hashing the weights in {model_dir}"), threads:
         hashes = list(threads.map(lambda name: _hub_hash(model_dir / name) or _hash(model_dir / name, memory), names))
     memory.save()
     return dict(zip(names, hashes, strict=True))
@@ -137,7 +137,7 @@ def file_hash(path: Path, memory: HashMemory) -> str:
     Raises:
         UsageError: it cannot be read.
     """
-    with file_errors_in_words(f"Hashing {path}"):
+    with translating_file_errors(f"Hashing {path}"):
         sha256 = _hub_hash(path) or _hash(path, memory)
     memory.save()
     return sha256
@@ -145,13 +145,13 @@ def file_hash(path: Path, memory: HashMemory) -> str:
 
 def code_hashes(model_dir: Path) -> dict[str, str]:
     """sha256 of every Python file beside a model, by file name: what `--trust-remote-code` would run."""
-    with file_errors_in_words(f"Hashing the code in {model_dir}"):
+    with translating_file_errors(f"Hashing the code in {model_dir}"):
         return {path.name: sha256_of_file(path) for path in sorted(model_dir.glob("*.py"))}
 
 
 def json_object(path: Path, mend: str) -> dict[str, Any]:
     """A file that has to hold a JSON object; else UsageError, which ends with what mends it."""
-    with file_errors_in_words(f"Reading {path}"):
+    with translating_file_errors(f"Reading {path}"):
         content = path.read_bytes()
     try:
         value = json.loads(content)

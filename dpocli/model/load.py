@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpocli.config.options import ModelOptions
-from dpocli.errors import UsageError, in_words, is_out_of_memory
+from dpocli.errors import UsageError, brief_message, is_out_of_memory
 from dpocli.model import lora
 from dpocli.model.identity import ModelFiles
 from dpocli.model.quantization import quantization_config, without_inference_kernels
@@ -73,13 +73,13 @@ def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, devi
         )
     except SafetensorError as error:
         raise UsageError(
-            f"--model {options.model}: its weights cannot be read ({in_words(error)}): a file is damaged or was copied "
+            f"--model {options.model}: its weights cannot be read ({brief_message(error)}): a file is damaged or was copied "
             "in part. Fetch or copy the model again."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        raise UsageError(f"--model {options.model}: it cannot be loaded: {in_words(error)}.") from error
+        raise UsageError(f"--model {options.model}: it cannot be loaded: {brief_message(error)}.") from error
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, wanted = mismatched[0]
         raise UsageError(

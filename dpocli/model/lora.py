@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpocli.config.commands import TrainOptions
-from dpocli.errors import UsageError, in_words
+from dpocli.errors import UsageError, brief_message
 from dpocli.model.identity import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -44,12 +44,12 @@ def put_on(model: PreTrainedModel, directory: Path, *, trainable: bool = False) 
             found = set(file.keys())
     except SafetensorError as error:
         raise UsageError(
-            f"--adapter {directory}: its weights cannot be read ({in_words(error)}): the file is damaged or was copied in "
+            f"--adapter {directory}: its weights cannot be read ({brief_message(error)}): the file is damaged or was copied in "
             "part. Copy the adapter again."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         sizes = next(
-            (line.strip(" \t.") for line in str(error).splitlines() if "size mismatch" in line), in_words(error)
+            (line.strip(" \t.") for line in str(error).splitlines() if "size mismatch" in line), brief_message(error)
         )
         raise UsageError(f"--adapter {directory}: it does not fit the model: {sizes}.") from error
     wanted = set(peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False))
@@ -111,7 +111,7 @@ def new(model: PreTrainedModel, options: TrainOptions) -> "PeftModel":
         with quietly():
             wrapped: PeftModel = peft.PeftModel(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
-        what = problem or f"{in_words(error)}."
+        what = problem or f"{brief_message(error)}."
         raise UsageError(f"--lora-targets {','.join(targets)}: {what}") from error
     if options.merge and not can_be_merged(model):
         raise UsageError(

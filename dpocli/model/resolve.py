@@ -6,7 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dpocli.config.commands import TrainOptions
 from dpocli.config.options import ModelOptions
-from dpocli.errors import UsageError, in_words
+from dpocli.errors import UsageError, brief_message
 from dpocli.model.hashing import json_object, meaningful_config
 from dpocli.model.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
 from dpocli.run.files import STATE_NAME
@@ -23,7 +23,7 @@ _NOT_TRAINED = ("trainable_token_indices", *_NOT_SHARDED)
 """All training goes through `fully_shard`, whose weights peft cannot copy the rows of single tokens into."""
 
 
-def locate_model(options: ModelOptions, *, checkpoints: bool = False) -> ModelFiles:
+def resolve_model(options: ModelOptions, *, checkpoints: bool = False) -> ModelFiles:
     """What `--model` and `--adapter` name: a directory as given, or the hub's snapshot (from the local cache when offline).
 
     An adapter's directory given as `--model` stands for its base with the adapter on top.
@@ -169,7 +169,7 @@ def load_tokenizer(model: ModelFiles, options: ModelOptions) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # the libraries raise errors of many kinds for damaged files
         raise UsageError(
-            f"--model {options.model}: its tokenizer cannot be loaded ({in_words(error)}). {mend}"
+            f"--model {options.model}: its tokenizer cannot be loaded ({brief_message(error)}). {mend}"
         ) from error
 
 

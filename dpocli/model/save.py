@@ -14,12 +14,12 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import ModelOptions
-from dpocli.errors import ResourceError, in_words
+from dpocli.errors import ResourceError, brief_message
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import source_dtype
 from dpocli.model.lora import quietly
 from dpocli.model.merge import check_saved, merged_model
-from dpocli.run.files import file_errors_in_words, sync_directory, sync_file
+from dpocli.run.files import sync_directory, sync_file, translating_file_errors
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -169,7 +169,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
     temporary = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        with file_errors_in_words(f"Writing {directory}"):
+        with translating_file_errors(f"Writing {directory}"):
             yield temporary
             for path in temporary.iterdir():
                 sync_file(path)
@@ -180,7 +180,7 @@ def _replacing(directory: Path) -> Iterator[Path]:
     except SafetensorError as error:  # it wraps the errors of the file system
         shutil.rmtree(temporary, ignore_errors=True)
         raise ResourceError(
-            f"Writing {directory}: {in_words(error)}. Make room on the disk; the same command line goes on from the last "
+            f"Writing {directory}: {brief_message(error)}. Make room on the disk; the same command line goes on from the last "
             "checkpoint."
         ) from error
     except BaseException:

@@ -39,7 +39,7 @@ class PairLogps:
         return {name: values for name, values in present if values is not None}
 
     @classmethod
-    def from_matrix(cls, wanted: "Wanted", matrix: Tensor) -> "PairLogps":
+    def from_matrix(cls, wanted: "LogpColumns", matrix: Tensor) -> "PairLogps":
         """The inverse of `matrix`. Shape of the argument: (pairs, columns)."""
         columns = dict(zip(wanted.names, matrix.unbind(1), strict=True))
         return cls(**{column.name: columns.get(column.name) for column in fields(cls)})  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ class PairLogps:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class LogpColumns:
     """Which of the optional columns of `PairLogps` there are to be."""
 
     reference: bool = False
@@ -58,7 +58,7 @@ class Wanted:
     tails: bool = False
 
     @classmethod
-    def by(cls, needs: Collection[Need], *, has_reference: bool) -> "Wanted":
+    def by(cls, needs: Collection[Need], *, has_reference: bool) -> "LogpColumns":
         """What losses with these needs look at; the reference also where it is only there to be reported."""
         return cls(has_reference, Need.COLLISION in needs, Need.TAILS in needs)
 

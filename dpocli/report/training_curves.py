@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from dpocli.report.plot_style import BLUE, GRAY, RED, make_quiet, plain_number, whole_steps, with_titles
 from dpocli.run.files import write_atomically
 
-Rows = Sequence[Mapping[str, Any]]
+MetricRows = Sequence[Mapping[str, Any]]
 
 HELD_OUT = "eval/"
 
@@ -63,7 +63,7 @@ PANELS = (
 )
 
 
-def draw_curves(metrics: Rows, path: Path) -> None:
+def draw_curves(metrics: MetricRows, path: Path) -> None:
     """Draw the rows of `metrics.jsonl` as a PNG file.
 
     Training is a thin line with its running mean, held-out figures (`eval/…`) are markers. What the rows do not hold
@@ -87,7 +87,7 @@ def draw_curves(metrics: Rows, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _draw_panel(area: Axes, panel: _Panel, metrics: Rows) -> None:
+def _draw_panel(area: Axes, panel: _Panel, metrics: MetricRows) -> None:
     make_quiet(area)
     whole_steps(area)
     with_titles(area, panel.title, panel.unit)
@@ -117,7 +117,7 @@ def _spans_a_decade(area: Axes) -> bool:
     return bool(values.min() > 0 and values.max() >= 10 * values.min())
 
 
-def _draw_training(area: Axes, curve: _Curve, metrics: Rows, label: str) -> None:
+def _draw_training(area: Axes, curve: _Curve, metrics: MetricRows, label: str) -> None:
     steps, values = _series(metrics, curve.key)
     if len(values) < 3:
         if len(values):
@@ -128,7 +128,7 @@ def _draw_training(area: Axes, curve: _Curve, metrics: Rows, label: str) -> None
     area.plot(steps, _running_mean(values), color=curve.color, linewidth=1.9, label=label, zorder=3)
 
 
-def _draw_held_out(area: Axes, curve: _Curve, metrics: Rows, label: str) -> None:
+def _draw_held_out(area: Axes, curve: _Curve, metrics: MetricRows, label: str) -> None:
     steps, values = _series(metrics, HELD_OUT + curve.key)
     if len(values):
         area.plot(
@@ -146,7 +146,7 @@ def _draw_held_out(area: Axes, curve: _Curve, metrics: Rows, label: str) -> None
         )
 
 
-def _draw_learning_rate(area: Axes, metrics: Rows) -> None:
+def _draw_learning_rate(area: Axes, metrics: MetricRows) -> None:
     steps, values = _series(metrics, "learning_rate")
     if not len(values):
         return
@@ -173,14 +173,14 @@ def _draw_learning_rate(area: Axes, metrics: Rows) -> None:
         legend.remove()
 
 
-def _set_steps(area: Axes, metrics: Rows) -> None:
+def _set_steps(area: Axes, metrics: MetricRows) -> None:
     """The same whole steps below all panels, with room around a single one."""
     steps = [row["step"] for row in metrics if "step" in row] or [0]
     margin = max(0.5, 0.03 * (max(steps) - min(steps)))
     area.set_xlim(min(steps) - margin, max(steps) + margin)
 
 
-def _series(metrics: Rows, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _series(metrics: MetricRows, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Steps and values of one metric, without the rows that lack it (NaN stands as null in `metrics.jsonl`).
 
     In accuracies a tie is right by half here: the untrained policy, which ties on every pair, stands where chance does.

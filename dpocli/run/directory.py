@@ -14,7 +14,7 @@ from dpocli.config.options import Options
 from dpocli.config.parsing import dump_yaml
 from dpocli.console.console import without_nan
 from dpocli.errors import DpoError, ExitCode, UsageError, mark_recorded
-from dpocli.run.files import file_errors_in_words, make_directory, read_json, try_lock, write_atomically, write_json
+from dpocli.run.files import make_directory, read_json, translating_file_errors, try_lock, write_atomically, write_json
 from dpocli.run.metrics_log import MetricsLog
 from dpocli.run.status import (
     DEAD_AFTER_SECONDS,
@@ -161,7 +161,7 @@ class RunDirectory:
 
     def _open(self) -> None:
         make_directory(self.path)
-        with file_errors_in_words(f"Writing into --out {self.path}"):
+        with translating_file_errors(f"Writing into --out {self.path}"):
             self._lock = self._file.lock_path.open("a")
         try:
             try:

@@ -47,7 +47,7 @@ def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], Non
         UsageError: the file may not be written.
     """
     temporary = path.with_name(f".{path.name}~{_host()}~{os.getpid()}~{secrets.token_hex(4)}.tmp")
-    with file_errors_in_words(f"Writing {path}"):
+    with translating_file_errors(f"Writing {path}"):
         try:
             with temporary.open("x+b") as file:
                 if callable(content):
@@ -88,7 +88,7 @@ def make_directory(directory: Path) -> None:
     Raises:
         UsageError: the path is a file, or may not be written.
     """
-    with file_errors_in_words(f"Creating the directory {directory}"):
+    with translating_file_errors(f"Creating the directory {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
 
 
@@ -129,7 +129,7 @@ def try_lock(file: IO[Any]) -> bool:
 
 
 @contextmanager
-def file_errors_in_words(attempt: str) -> Iterator[None]:
+def translating_file_errors(attempt: str) -> Iterator[None]:
     """Turn an OSError inside the block into an error of the tree.
 
     Args:
@@ -140,10 +140,10 @@ def file_errors_in_words(attempt: str) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise file_error_in_words(error, attempt) from error
+        raise translated_file_error(error, attempt) from error
 
 
-def file_error_in_words(error: OSError, attempt: str) -> DpoError:
+def translated_file_error(error: OSError, attempt: str) -> DpoError:
     """The error of the tree that an OSError with an `errno` means."""
     found = f"{attempt} failed: {os.strerror(error.errno or 0).lower()}."
     if error.errno in _NO_ROOM:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from dpocli.errors import UsageError
-from dpocli.run.files import file_errors_in_words
+from dpocli.run.files import translating_file_errors
 from dpocli.run.status import StatusFile
 
 Command = Literal["precompute", "train", "evaluate"]
@@ -37,7 +37,7 @@ _BESIDE_PARTS = (
 
 def check_out(out: Path, command: Command) -> None:
     """Raises UsageError where `--out` is a file, or holds what this command did not write and would overwrite."""
-    with file_errors_in_words(f"Looking at --out {out}"):
+    with translating_file_errors(f"Looking at --out {out}"):
         _check(out, command)
 
 

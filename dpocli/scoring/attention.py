@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from dpocli.scoring.block_mask import BlockMasks
-from dpocli.scoring.layout import Rows, Segment
+from dpocli.scoring.layout import Segment, TokenRows
 
 NAME = "dpocli_segments"
 
@@ -34,7 +34,7 @@ class CurrentRow:
     block_masks: BlockMasks | None = None
     """Where FlexAttention is used."""
 
-    def set(self, rows: Rows, *, flex: bool) -> None:
+    def set(self, rows: TokenRows, *, flex: bool) -> None:
         self.segments = rows.segments
         self.block_masks = BlockMasks(rows.segments, rows.input_ids.device) if flex else None
 

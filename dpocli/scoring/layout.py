@@ -25,7 +25,7 @@ class Segment:
 
 
 @dataclass(slots=True)
-class Tally:
+class TokenCounter:
     """What went through a model."""
 
     computed: int = 0
@@ -42,7 +42,7 @@ class Tally:
     with_gradient_only: bool = False
     """Whether passes without a graph are left out."""
 
-    def add(self, batch: PairBatch, rows: "Rows") -> None:
+    def add(self, batch: PairBatch, rows: "TokenRows") -> None:
         if self.with_gradient_only and not torch.is_grad_enabled():
             return
         self.computed += rows.input_ids.numel()
@@ -54,7 +54,7 @@ class Tally:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class TokenRows:
     """What goes through the model for a batch of pairs."""
 
     input_ids: Tensor
@@ -71,7 +71,7 @@ class Rows:
     """Of the one row; empty where pairs have rows of their own."""
 
     @classmethod
-    def of(cls, batch: PairBatch, layout: Layout) -> "Rows":
+    def of(cls, batch: PairBatch, layout: Layout) -> "TokenRows":
         """The rows of a batch, on the CPU as it is."""
         match layout:
             case Layout.SHARED:
@@ -81,7 +81,7 @@ class Rows:
             case Layout.PADDED:
                 return _padded(batch)
 
-    def to(self, device: torch.device) -> "Rows":
+    def to(self, device: torch.device) -> "TokenRows":
         """The same rows on `device`."""
         return replace(
             self,
@@ -91,7 +91,7 @@ class Rows:
             position_ids=None if self.position_ids is None else transfer(self.position_ids, device),
         )
 
-    def widened(self, width: int) -> "Rows":
+    def widened(self, width: int) -> "TokenRows":
         """The same one row with padding up to `width`, as a segment of its own: kernels then see few shapes."""
         missing = width - self.input_ids.shape[1]
         if missing <= 0 or self.position_ids is None:
@@ -134,9 +134,9 @@ class _RowUnderWay:
         self.positions += positions
         self.length += segment.size
 
-    def finished(self, batch: PairBatch) -> Rows:
+    def finished(self, batch: PairBatch) -> TokenRows:
         chosen, rejected = self.states
-        return Rows(
+        return TokenRows(
             torch.cat(self.pieces)[None],
             torch.cat([*chosen, *rejected]),
             _targets(batch),
@@ -146,7 +146,7 @@ class _RowUnderWay:
         )
 
 
-def _shared(batch: PairBatch) -> Rows:
+def _shared(batch: PairBatch) -> TokenRows:
     row = _RowUnderWay()
     of_chosen, of_rejected = row.states
     for prompt, chosen, rejected in _pairs(batch):
@@ -163,7 +163,7 @@ def _shared(batch: PairBatch) -> Rows:
     return row.finished(batch)
 
 
-def _packed(batch: PairBatch) -> Rows:
+def _packed(batch: PairBatch) -> TokenRows:
     row = _RowUnderWay()
     for prompt, *sides in _pairs(batch):
         for side, states in zip(sides, row.states, strict=True):
@@ -173,7 +173,7 @@ def _packed(batch: PairBatch) -> Rows:
     return row.finished(batch)
 
 
-def _padded(batch: PairBatch) -> Rows:
+def _padded(batch: PairBatch) -> TokenRows:
     """A token only sees what stands left of it, so padding on the right reaches nobody: no mask is needed, and without
     one attention takes its fastest form."""
     pairs = list(_pairs(batch))
@@ -186,7 +186,7 @@ def _padded(batch: PairBatch) -> Rows:
     ]
     # Any id pads: nothing looks at it.
     input_ids = nn.utils.rnn.pad_sequence([torch.cat(side) for side in sides], batch_first=True, padding_value=0)
-    return Rows(input_ids, torch.cat(states), _targets(batch), lengths)
+    return TokenRows(input_ids, torch.cat(states), _targets(batch), lengths)
 
 
 def _pairs(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

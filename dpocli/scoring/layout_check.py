@@ -57,7 +57,7 @@ class _Way:
         return f"{self.layout}, FlexAttention" if self.flex else str(self.layout)
 
 
-def settle(
+def choose_layout(
     scorer: PairScorer,
     pairs: Sequence[EncodedPair],
     asked: str,

@@ -15,7 +15,7 @@ from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.distributed.processes import Processes
 from dpocli.errors import DpoError, ResourceError, UsageError, is_out_of_memory
 from dpocli.scoring.block_mask import try_kernel
-from dpocli.scoring.passes import Pass, free_memory, passes_of, passes_that_fit, score
+from dpocli.scoring.passes import ScoredPass, free_memory, passes_of, passes_that_fit, score
 from dpocli.scoring.scorer import PairScorer
 
 OUT_OF_MEMORY = "out of memory"
@@ -171,7 +171,7 @@ class Trial:
             values |= dict(zip(members, zip(chosen, rejected, strict=True), strict=True))
         return [values[index] for index in range(len(pairs))]
 
-    def _scored(self, pairs: Sequence[EncodedPair]) -> Iterator[Pass]:
+    def _scored(self, pairs: Sequence[EncodedPair]) -> Iterator[ScoredPass]:
         # In training all processes make the same passes; and what is tried are rows of several pairs, not of their halves.
         if self._scorer.packing.layout is Layout.PADDED and self._gradient is None:
             yield from passes_that_fit(self._scorer, pairs)

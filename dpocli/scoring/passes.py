@@ -28,7 +28,7 @@ _NO_TOKEN = np.zeros(1, dtype=np.int32)
 FILLER = EncodedPair(row=-1, pair_id="", prompt_ids=_NO_TOKEN, chosen_ids=_NO_TOKEN, rejected_ids=_NO_TOKEN)
 """Goes through the model where a process has no pair left but the others still need it in their collectives."""
 
-Pass = tuple[list[int], PairBatch, TokenLogps]
+ScoredPass = tuple[list[int], PairBatch, TokenLogps]
 """Which pairs went together, and what came out."""
 
 
@@ -36,7 +36,7 @@ def reference_logps(
     scorer: PairScorer,
     pairs: Sequence[EncodedPair],
     progress: Progress,
-    go_on: Callable[[], None],
+    check_stop: Callable[[], None],
     team: Processes,
 ) -> list[EncodedPair]:
     """The same pairs, in the same order, with the log-probs that the scorer gives them.
@@ -50,9 +50,11 @@ def reference_logps(
         go_on: called before each pass, and may raise to stop, on all of the team at once.
         team: shares the passes.
     """
-    passes: list[Pass] = []
+    passes: list[ScoredPass] = []
     for done in (
-        passes_that_fit(scorer, pairs, go_on) if team.count == 1 else passes_in_step(scorer, pairs, go_on, team)
+        passes_that_fit(scorer, pairs, check_stop)
+        if team.count == 1
+        else passes_in_step(scorer, pairs, check_stop, team)
     ):
         members, batch, _ = done
         passes.append(done)
@@ -75,12 +77,12 @@ def passes_of(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> list[list[int
 
 
 def passes_in_step(
-    scorer: PairScorer, pairs: Sequence[EncodedPair], go_on: Callable[[], None], team: Processes
-) -> Iterator[Pass]:
+    scorer: PairScorer, pairs: Sequence[EncodedPair], check_stop: Callable[[], None], team: Processes
+) -> Iterator[ScoredPass]:
     """This process's share of the pairs, scored without gradient in as many passes as any other of the team makes."""
     sizes = [scorer.packing.layout.size(*map(len, pair.all_ids)) for pair in pairs]
     for members in deal(sizes, team.count, scorer.packing)[team.rank]:
-        go_on()
+        check_stop()
         with torch.no_grad():
             outcome = score(scorer, [pairs[index] for index in members] or [FILLER])
         if members:
@@ -88,12 +90,12 @@ def passes_in_step(
 
 
 def passes_that_fit(
-    scorer: PairScorer, pairs: Sequence[EncodedPair], go_on: Callable[[], None] = lambda: None
-) -> Iterator[Pass]:
+    scorer: PairScorer, pairs: Sequence[EncodedPair], check_stop: Callable[[], None] = lambda: None
+) -> Iterator[ScoredPass]:
     """All pairs, scored without gradient; a pass for which the memory is not enough is made in two."""
     todo = passes_of(scorer, pairs)[::-1]
     while todo:
-        go_on()
+        check_stop()
         members = todo.pop()
         with torch.no_grad():
             outcome = _score_if_it_fits(scorer, [pairs[index] for index in members])

@@ -19,7 +19,7 @@ from dpocli.errors import UsageError
 from dpocli.scoring import attention
 from dpocli.scoring.head import Head, LogitMap, token_logps
 from dpocli.scoring.head_probe import HeadKind, probe_head
-from dpocli.scoring.layout import Rows, Tally
+from dpocli.scoring.layout import TokenCounter, TokenRows
 from dpocli.scoring.token_logps import TokenLogps
 
 
@@ -87,7 +87,7 @@ class PairScorer(nn.Module):
         self.packing = Packing(Layout.PADDED, token_budget)
         """How callers put pairs together for a forward pass."""
         self.uses_flex = False
-        self.tally = Tally()
+        self.tally = TokenCounter()
         self.compute_dtype = model.dtype
         """Of the forward pass; a wrapper that changes it says so."""
         self._current_row = attention.install(model)
@@ -141,12 +141,12 @@ class PairScorer(nn.Module):
             return TokenLogps(chosen, rejected, router_loss=router_loss)
         return TokenLogps(chosen, rejected, *_halves(collisions, split), router_loss)
 
-    def _rows(self, batch: PairBatch) -> Rows:
+    def _rows(self, batch: PairBatch) -> TokenRows:
         layout = self.packing.layout
         if self.rotary_limit is not None and max(batch.longer_lengths) > self.rotary_limit.tokens:
             layout = Layout.PADDED  # in which each row can go alone
         self._attend_for(layout)
-        rows = Rows.of(batch, layout)
+        rows = TokenRows.of(batch, layout)
         return rows.widened(self.packing.fixed_width(rows.input_ids.shape[1])) if self.uses_flex else rows
 
     def _attend_for(self, layout: Layout) -> None:
@@ -161,7 +161,7 @@ class PairScorer(nn.Module):
         embeddings = self.model.get_output_embeddings()
         return Head(embeddings.weight, getattr(embeddings, "bias", None), logit_map)
 
-    def _hidden_states(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def _hidden_states(self, rows: TokenRows) -> tuple[Tensor, Tensor | None]:
         """States that predict the sides' tokens, shape (chosen + rejected tokens, hidden), and the router's loss."""
         options = {"output_router_logits": True} if self.router_loss else {}
         if self.rotary_limit is not None and not rows.segments and rows.input_ids.shape[1] > self.rotary_limit.tokens:
@@ -170,7 +170,7 @@ class PairScorer(nn.Module):
         hidden = output.last_hidden_state.flatten(0, 1)[rows.predicting]
         return hidden, self._balance(output.router_logits, rows) if self.router_loss else None
 
-    def _row_by_row(self, rows: Rows) -> Tensor:
+    def _row_by_row(self, rows: TokenRows) -> Tensor:
         """States of each row scored alone, shape (2 · pairs, longest row, hidden): its length decides its frequencies."""
         assert self.rotary_limit is not None
         if self.rotary_limit.remembers or self.router_loss:
@@ -185,7 +185,7 @@ class PairScorer(nn.Module):
         ]
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
 
-    def _balance(self, router_logits: tuple[Tensor, ...], rows: Rows) -> Tensor:
+    def _balance(self, router_logits: tuple[Tensor, ...], rows: TokenRows) -> Tensor:
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         config = self.model.config
@@ -195,7 +195,7 @@ class PairScorer(nn.Module):
         )
         return loss
 
-    def _through_own_head(self, rows: Rows) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _through_own_head(self, rows: TokenRows) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The way for heads that fit no known map: the model's own logits, made only at the columns that are scored."""
         width = rows.input_ids.shape[1]
         if self.rotary_limit is not None and not rows.segments and width > self.rotary_limit.tokens:

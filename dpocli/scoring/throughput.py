@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpocli.scoring.layout import Tally
+from dpocli.scoring.layout import TokenCounter
 from dpocli.scoring.scorer import PairScorer
 
 PROBE_SECONDS = 0.2
@@ -32,7 +32,7 @@ class Throughput:
         self._backward = backward
         self._trains_all = all(parameter.requires_grad for parameter in scorer.parameters())
         self._seconds = 0.0
-        self._tally = Tally(with_gradient_only=backward)
+        self._tally = TokenCounter(with_gradient_only=backward)
 
     @contextmanager
     def clock(self) -> Iterator[None]:
@@ -42,7 +42,7 @@ class Throughput:
         try:
             yield
         finally:
-            self._scorer.tally = Tally()
+            self._scorer.tally = TokenCounter()
             self._seconds += time.perf_counter() - start
 
     @property

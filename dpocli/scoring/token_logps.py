@@ -10,7 +10,7 @@ from torch import Tensor
 from dpocli.data.batch import PairBatch, transfer
 from dpocli.data.packing import Lengths
 from dpocli.data.preference import EncodedPair
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 
 
 class TokenLogps(NamedTuple):
@@ -48,7 +48,7 @@ def segment_sums(values: Tensor, mask: Tensor, lengths: Lengths) -> Tensor:
     return torch.segment_reduce(counted, "sum", lengths=sizes, unsafe=True, initial=0.0)
 
 
-def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair], wanted: Wanted) -> PairLogps:
+def pair_logps(tokens: TokenLogps, batch: PairBatch, pairs: Sequence[EncodedPair], wanted: LogpColumns) -> PairLogps:
     """Sums the policy's token log-probs per side and puts the cached reference beside them.
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 
 from dpocli.errors import ResourceError
 from dpocli.scoring.passes import size_of_pass
-from dpocli.training.gradients import Pass
+from dpocli.training.gradients import MicroBatch
 from dpocli.training.policy import Policy
 from dpocli.training.shortage import can_be_undone, throw_away_gradients
 
@@ -32,7 +32,7 @@ class BackOff:
         """Tokens of a pass from now on."""
         return self._policy.scorer.packing.token_budget
 
-    def after(self, step: int, passes: Sequence[Pass], shortage: str | None, *, together: bool) -> None:
+    def after(self, step: int, passes: Sequence[MicroBatch], shortage: str | None, *, together: bool) -> None:
         """Makes ready for doing a step again in smaller passes, after memory ran out in one of them.
 
         To be called where the error no longer holds on to what the pass had allocated.

@@ -74,7 +74,7 @@ class RunWarning:
     """What was found, what it means, what to try."""
 
 
-class Watch:
+class Diagnostics:
     """Looks at the rows of one run, in their order.
 
     Args:
@@ -255,7 +255,7 @@ class Watch:
 
 def warnings_of(rows: Sequence[Row], loss: LossChoice, schedule: Schedule) -> list[RunWarning]:
     """Everything that there was to say about a run."""
-    watch = Watch(loss, schedule)
+    watch = Diagnostics(loss, schedule)
     return [warning for row in rows for warning in watch.see(row)]
 
 

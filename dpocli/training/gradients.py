@@ -12,10 +12,10 @@ from dpocli.config.loss_expression import LossChoice
 from dpocli.data.batch import transfer
 from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes
-from dpocli.errors import in_words
+from dpocli.errors import brief_message
 from dpocli.objective import losses
 from dpocli.objective.batch_gradient import batch_gradient, with_gradient
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.scoring.passes import FILLER, score
 from dpocli.scoring.token_logps import TokenLogps, pair_logps
 from dpocli.training.policy import Policy
@@ -31,7 +31,7 @@ class GlobalBatch:
         processes: the same on every one of them.
     """
 
-    def __init__(self, positions: NDArray[np.int64], wanted: Wanted, processes: Processes) -> None:
+    def __init__(self, positions: NDArray[np.int64], wanted: LogpColumns, processes: Processes) -> None:
         self._processes = processes
         self._wanted = wanted
         self._order = np.argsort(positions)
@@ -54,7 +54,7 @@ class GlobalBatch:
         return PairLogps.from_matrix(self._wanted, self._processes.sum(self._rows))
 
 
-Pass = tuple[NDArray[np.int64], list[EncodedPair]]
+MicroBatch = tuple[NDArray[np.int64], list[EncodedPair]]
 """A micro-batch of this process: positions in the training pairs, and the pairs; empty where only others have some."""
 
 
@@ -63,7 +63,7 @@ class Step:
     """One optimizer step's worth of pairs."""
 
     number: int
-    passes: Sequence[Pass]
+    passes: Sequence[MicroBatch]
     """This process's micro-batches, as many as every other process has."""
     batch: GlobalBatch
     weights: Tensor
@@ -81,7 +81,7 @@ class Gradients:
 
     policy: Policy
     loss: LossChoice
-    wanted: Wanted
+    wanted: LogpColumns
     router_aux_loss_coef: float
     seed: int
     processes: Processes
@@ -151,7 +151,7 @@ class Gradients:
                 except Exception as error:
                     if not step.shortage.can_wait(error, self.policy):
                         raise
-                    step.shortage.found = in_words(error)
+                    step.shortage.found = brief_message(error)
                 else:
                     continue
                 # Here, where the error no longer holds on to what the pass had allocated.

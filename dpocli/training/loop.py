@@ -13,7 +13,7 @@ from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, PreemptedError
 from dpocli.run.directory import RunDirectory
 from dpocli.training.model_selection import Course
-from dpocli.training.monitor import Narration
+from dpocli.training.monitor import Monitor
 from dpocli.training.trainer import Trainer
 
 
@@ -24,7 +24,7 @@ def run_steps(
     checkpoints: Path,
     out: RunDirectory,
     stop: StopFlag,
-    narration: Narration,
+    monitor: Monitor,
 ) -> int:
     """Runs step `first` to the last, or to where the held-out loss has stopped to improve.
 
@@ -69,19 +69,19 @@ def run_steps(
     if trainer.processes.is_first and (
         text := lost_rows_warning(out.metrics.path, out.metrics.rows(), done, trainer.rows_before, options)
     ):
-        narration.warn(text)
+        monitor.warn(text)
     row = _row_without_evaluation(out, done, trainer.schedule.steps_per_epoch)
-    narration.go_on([known for known in out.metrics.rows() if not (row and is_due(done)) or known["step"] != done])
+    monitor.check_stop([known for known in out.metrics.rows() if not (row and is_due(done)) or known["step"] != done])
     # One process looks at the file, and all go by it.
     if is_due(done) and trainer.processes.any(trainer.processes.is_first and row is not None):
         if (evaluated := evaluation(done)) is None:
             raise stopped(done)
         out.metrics.truncate_after(done - 1)
-        narration.log((row or {}) | evaluated)
+        monitor.log((row or {}) | evaluated)
     course = Course(options, checkpoints, out.metrics.rows(), trainer.processes, done)
     if course.has_stalled():
         last = done
-    with narration.progress(done):
+    with monitor.progress(done):
         for step in range(first, last + 1):
             with trainer.account.of("training"), _naming_the_last_good(trainer, checkpoints):
                 outcome = trainer.step(step)
@@ -91,17 +91,17 @@ def run_steps(
                 course.add(row | evaluated)
             ends = step == last or (bool(evaluated) and course.has_stalled())
             if step % options.log_every == 0 or ends or evaluated != {}:
-                narration.log(row | (evaluated or {}))
-            narration.show(outcome)
+                monitor.log(row | (evaluated or {}))
+            monitor.show(outcome)
             out.update(step=step)
             stopping = asked_to_stop() or time_is_up()
             if ends or step % save_every == 0 or stopping or course.is_best_at(step):
                 # Rows first: what decides (which step was the best, when to stop) must be there with the checkpoint.
                 out.metrics.sync()
-                with trainer.account.of("checkpoints"), narration.saving():
+                with trainer.account.of("checkpoints"), monitor.saving():
                     trainer.save(checkpoints, step, out.metrics.num_rows)
                 course.saved(step)
-                narration.draw()
+                monitor.draw()
             if stopping and (not ends or evaluated is None):
                 raise stopped(step)
             if ends:
@@ -115,7 +115,7 @@ def _naming_the_last_good(trainer: Trainer, checkpoints: Path) -> Iterator[None]
     try:
         yield
     except NumericsError as error:
-        good = trainer.last_sound_checkpoint(checkpoints)
+        good = trainer.last_finite_checkpoint(checkpoints)
         raise NumericsError(f"{error} The last good checkpoint: {good or 'there is none'}.") from error
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.console.progress import Progress
 from dpocli.report.training_curves import draw_curves
 from dpocli.run.directory import RunDirectory
-from dpocli.training.diagnostics import Watch
+from dpocli.training.diagnostics import Diagnostics
 from dpocli.training.trackers import Trackers
 from dpocli.training.trainer import StepOutcome, Trainer
 
@@ -19,7 +19,7 @@ DRAWING_TAKES_AT_MOST = 0.02
 """Share of the time that goes into curves between the first step and the last."""
 
 
-class Narration:
+class Monitor:
     """Speaks for a run; on other processes than the first, to nobody."""
 
     def __init__(
@@ -27,18 +27,18 @@ class Narration:
         trainer: Trainer,
         out: RunDirectory,
         trackers: Trackers,
-        terminal: Terminal,
+        console: Console,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._trainer, self._out, self._trackers, self._terminal = trainer, out, trackers, terminal
+        self._trainer, self._out, self._trackers, self._terminal = trainer, out, trackers, console
         self._clock = clock
-        self._watch = Watch(trainer.loss, trainer.schedule)
+        self._watch = Diagnostics(trainer.loss, trainer.schedule)
         self._progress: Progress | None = None
         self._next_drawing = clock() + SECONDS_BETWEEN_DRAWINGS
         self._draws = trainer.processes.is_first
         self._slowest_save = 0.0
 
-    def go_on(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def check_stop(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Takes in the rows of earlier starts; what was said of them is not said again."""
         for row in rows:
             self._watch.see(row)
@@ -105,11 +105,11 @@ class Narration:
         self._next_drawing = ended + max(SECONDS_BETWEEN_DRAWINGS, (ended - began) / DRAWING_TAKES_AT_MOST)
 
 
-def draw_curves_or_warn(out: RunDirectory, terminal: Terminal) -> bool:
+def draw_curves_or_warn(out: RunDirectory, console: Console) -> bool:
     """Draws `curves.png`. A picture is no reason to lose a run: False where it cannot be drawn, which is said."""
     try:
         draw_curves(out.metrics.rows(), out.path / "curves.png")
     except Exception as error:
-        terminal.warn(f"curves.png could not be drawn ({type(error).__name__}: {error}). The run goes on without it.")
+        console.warn(f"curves.png could not be drawn ({type(error).__name__}: {error}). The run goes on without it.")
         return False
     return True

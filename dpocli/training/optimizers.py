@@ -20,7 +20,7 @@ def make_optimizer(policy: Policy, options: TrainOptions) -> torch.optim.Optimiz
     Raises:
         UsageError: 8-bit moments cannot be had here.
     """
-    parameters = [parameter for _, parameter in policy.masters]
+    parameters = [parameter for _, parameter in policy.master_weights]
     adam: dict[str, Any] = {
         "lr": options.learning_rate or 0.0,
         "betas": (options.adam_beta1, options.adam_beta2),
@@ -44,7 +44,7 @@ def make_optimizer(policy: Policy, options: TrainOptions) -> torch.optim.Optimiz
 
 def state_bytes(policy: Policy, options: TrainOptions) -> float:
     """What the optimizer will remember on this process, in bytes."""
-    parameters = [parameter for _, parameter in policy.masters]
+    parameters = [parameter for _, parameter in policy.master_weights]
     mine = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
     return mine * STATE_BYTES[options.optimizer]
 

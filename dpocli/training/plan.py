@@ -10,7 +10,7 @@ import torch
 from dpocli.cache.view import PairView
 from dpocli.config.commands import TrainOptions
 from dpocli.config.loss_expression import LossChoice
-from dpocli.console.console import Printer, Terminal
+from dpocli.console.console import Console, Printer
 from dpocli.data.packing import Packing, deal
 from dpocli.model.load import dtype_name
 from dpocli.training.optimizers import state_bytes
@@ -87,11 +87,11 @@ class Plan:
             bytes=int(_expected_bytes(policy, dtype, options)),
         )
 
-    def tell(self, terminal: Terminal) -> None:
+    def tell(self, console: Console) -> None:
         """Shows it on the way to the first step, with what is worth a word."""
-        terminal.table("Plan", ["", ""], list(self._rows()))
+        console.table("Plan", ["", ""], list(self._rows()))
         for notice in self._notices():
-            terminal.say(notice)
+            console.say(notice)
 
     def render(self, printer: Printer) -> None:
         """Shows it as a result."""

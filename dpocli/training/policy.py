@@ -108,7 +108,7 @@ class Policy:
             assert files
             fill(scorer, scorer.model, files, processes.device, offload=options.cpu_offload)
         # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
-        self.masters: list[tuple[str, nn.Parameter]] = [
+        self.master_weights: list[tuple[str, nn.Parameter]] = [
             (name, parameter) for name, parameter in scorer.model.named_parameters() if parameter.requires_grad
         ]
         """The float32 master weights that are trained: names as the source model knows them, each tensor once."""
@@ -119,14 +119,14 @@ class Policy:
         """Master weights and moments by their names in a checkpoint."""
         moments = {
             f"{OPTIMIZER}{name}/{key}": value
-            for name, parameter in self.masters
+            for name, parameter in self.master_weights
             for key, value in sorted(optimizer.state[parameter].items())
         }
         return self._weight_tensors() | moments
 
     def allocate_state(self, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
         """Tensors to read a checkpoint into: the master weights, and zeros for moments, sharded like the parameter."""
-        parameters = dict(self.masters)
+        parameters = dict(self.master_weights)
         tensors = self._weight_tensors()
         for entry, facts in stored.items():
             if not entry.startswith(OPTIMIZER):
@@ -140,14 +140,14 @@ class Policy:
 
     def load_moments(self, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
         """Give the optimizer the moments of a checkpoint; the weights were read in place."""
-        parameters = dict(self.masters)
+        parameters = dict(self.master_weights)
         for entry, value in tensors.items():
             if entry.startswith(OPTIMIZER):
                 name, _, key = entry.removeprefix(OPTIMIZER).rpartition("/")
                 optimizer.state[parameters[name]][key] = value
 
     def _weight_tensors(self) -> dict[str, Tensor]:
-        return {f"{MODEL}{name}": parameter.detach() for name, parameter in self.masters}
+        return {f"{MODEL}{name}": parameter.detach() for name, parameter in self.master_weights}
 
     def reduce_gradients_on_backward(self, now: bool) -> None:
         """Between replicas, gradients travel once a step, with its last micro-batch; between shards with every one."""
@@ -159,7 +159,7 @@ class Policy:
 
     def num_parameters(self) -> int:
         """Trainable ones."""
-        return sum(parameter.numel() for _, parameter in self.masters)
+        return sum(parameter.numel() for _, parameter in self.master_weights)
 
     @contextmanager
     def dropout_off(self) -> Iterator[None]:
@@ -171,7 +171,7 @@ class Policy:
             put_back()
 
     @contextmanager
-    def at_rest(self) -> Iterator[None]:
+    def eval_mode(self) -> Iterator[None]:
         """Without dropout and without a graph, for measuring."""
         self.scorer.eval()
         try:
@@ -180,7 +180,7 @@ class Policy:
         finally:
             self.scorer.train()
 
-    def gradient_of(self, loss: Tensor) -> Tensor:
+    def outer_gradient(self, loss: Tensor) -> Tensor:
         """Back-propagates `loss`; what this process holds of the gradient of the first and the last layer, flat, on the
         CPU. All gradients are gone afterwards."""
         self.reduce_gradients_on_backward(True)
@@ -193,7 +193,7 @@ class Policy:
 
     def weights(self) -> dict[str, Tensor]:
         """Full float32 tensors on the CPU: all of them on the first process, none on the others, which help."""
-        return self.collect((name, parameter.detach()) for name, parameter in self.masters)
+        return self.collect((name, parameter.detach()) for name, parameter in self.master_weights)
 
     def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Full tensors of sharded ones, for the first process. Every process must call it with the same names."""

@@ -13,7 +13,7 @@ Work = Literal["training", "evaluation", "checkpoints"]
 KINDS: tuple[Work, ...] = ("training", "evaluation", "checkpoints")
 
 
-class Account:
+class RunStats:
     """The seconds and the memory of a run, over all its starts. Steps that a kill made it do again count once.
 
     Args:
@@ -59,7 +59,7 @@ class Account:
             "notes": self.notes,
         }
 
-    def go_on(self, saved: Mapping[str, Any]) -> None:
+    def check_stop(self, saved: Mapping[str, Any]) -> None:
         """Adds what a checkpoint says of the starts before; nothing where it is of a version that wrote no such thing."""
         if saved:
             self._before, self._peak_before = dict(saved["seconds"]), saved["peak_memory_bytes"]

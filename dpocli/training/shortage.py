@@ -36,7 +36,7 @@ def can_be_undone(policy: Policy) -> bool:
 
 def is_sharded(policy: Policy) -> bool:
     """Whether the processes also exchange weights, at every layer of every pass."""
-    parameters = (parameter for _, parameter in policy.masters)
+    parameters = (parameter for _, parameter in policy.master_weights)
     return any(isinstance(p, DTensor) and p.to_local().numel() != p.numel() for p in parameters)
 
 
@@ -44,7 +44,7 @@ def throw_away_gradients(policy: Policy) -> None:
     """As if a step had not begun, wherever in the middle of a pass it ended. Needs `can_be_undone`."""
     policy.scorer.zero_grad()  # first of the copies that compute, which the module shows where a pass ended midway
     policy.scorer.reset_iter_state()  # type: ignore[operator]
-    for _, parameter in policy.masters:
+    for _, parameter in policy.master_weights:
         parameter.grad = None
     if policy.processes.device.type == "cuda":
         torch.cuda.empty_cache()

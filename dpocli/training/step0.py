@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpocli.cache.fingerprint import config_differences, information_differences
 from dpocli.cache.view import PairView
 from dpocli.config.commands import TrainOptions
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.distributed.processes import Processes
 from dpocli.errors import NumericsError
@@ -125,11 +125,11 @@ def check_step0(
     start: ModelIdentity,
     dtype: torch.dtype,
     processes: Processes,
-    terminal: Terminal,
+    console: Console,
 ) -> Step0:
     """Binding where the policy starts as the reference; else the difference is information."""
     tolerance = options.step0_tolerance or TOLERANCE[dtype]
-    with policy.at_rest():
+    with policy.eval_mode():
         positions = chosen_positions(training, options.seed)
         found = measure(policy.scorer, training, positions, tolerance, processes)
     if not np.isfinite(found.mean):
@@ -140,11 +140,11 @@ def check_step0(
     reference = training.store.fingerprint
     assert reference.reference
     if not start.has_weights_of(reference.reference):
-        terminal.say(f"Step 0, against another model's reference: {found}")
+        console.say(f"Step 0, against another model's reference: {found}")
         if start.weights == reference.reference.weights and start.quantization != reference.reference.quantization:
-            terminal.warn(_other_quantization(options, start))
+            console.warn(_other_quantization(options, start))
         return found
-    terminal.say(f"Step-0 check: {found}")
+    console.say(f"Step-0 check: {found}")
     if not found.holds:
         differing = [
             *config_differences(reference, start),

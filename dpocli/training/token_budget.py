@@ -111,7 +111,7 @@ def fitting(small: tuple[int, int], large: tuple[int, int], total: int, still_to
 def _try(policy: Policy, pairs: Sequence[EncodedPair]) -> None:
     """A forward and a backward pass, which leave nothing behind."""
     _, tokens = score(policy.scorer, pairs)
-    policy.gradient_of((tokens.chosen.sum() + tokens.rejected.sum()) * 0.0)
+    policy.outer_gradient((tokens.chosen.sum() + tokens.rejected.sum()) * 0.0)
 
 
 def _some_pairs(view: PairView, tokens: int, layout: Layout, seed: int) -> list[EncodedPair]:

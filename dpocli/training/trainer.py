@@ -18,18 +18,18 @@ from dpocli.config.commands import TrainOptions
 from dpocli.config.loss_expression import LossChoice
 from dpocli.distributed.processes import Processes
 from dpocli.distributed.shared_filesystem import appears
-from dpocli.errors import NumericsError, UsageError, in_words, is_out_of_memory
+from dpocli.errors import NumericsError, UsageError, brief_message, is_out_of_memory
 from dpocli.model.save import Provenance
 from dpocli.objective import losses
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.objective.metrics import pair_metrics
 from dpocli.scoring.passes import FILLER, my_passes, score
 from dpocli.scoring.throughput import Throughput
 from dpocli.scoring.token_logps import pair_logps
 from dpocli.training.back_off import BackOff
-from dpocli.training.gradients import GlobalBatch, Gradients, Pass, Step
+from dpocli.training.gradients import GlobalBatch, Gradients, MicroBatch, Step
 from dpocli.training.policy import Policy
-from dpocli.training.run_stats import Account
+from dpocli.training.run_stats import RunStats
 from dpocli.training.schedule import Schedule
 
 ROWS_NAMED = 10
@@ -75,17 +75,17 @@ class Trainer:
         self.processes = processes
         self._provenance = provenance
         self.content = content
-        wanted = Wanted.by(loss.needs, has_reference=view.store.has_reference)
+        wanted = LogpColumns.by(loss.needs, has_reference=view.store.has_reference)
         self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
         self.throughput = Throughput(policy.scorer, backward=True)
         self._back_off = BackOff(policy, options.token_budget, say)
-        self.account = Account(processes.device)
-        self.sound_step = 0
+        self.account = RunStats(processes.device)
+        self.last_finite_step = 0
         """The last step whose weights are known to have given a finite loss and a finite gradient: the next is done."""
         self.rows_before: int | None = None
         """Rows of `metrics.jsonl` up to the step that the run goes on from, as its checkpoint remembers them."""
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="read-ahead")
-        self._ahead: dict[int, Future[list[Pass]]] = {}
+        self._ahead: dict[int, Future[list[MicroBatch]]] = {}
 
     def step(self, step: int) -> StepOutcome:
         """Runs optimizer step 1, 2, ….
@@ -107,7 +107,7 @@ class Trainer:
                 "--dtype float32."
             )
         metrics |= self._update(step, positions)
-        self.sound_step = step - 1
+        self.last_finite_step = step - 1
         self.loss_states = states
         return StepOutcome(step, metrics, len(positions), int(self.view.at(positions).num_tokens.sum()))
 
@@ -118,9 +118,9 @@ class Trainer:
         all processes before each pass, says so.
         """
         positions = np.arange(len(view))
-        wanted = Wanted.by(self.loss.needs, has_reference=view.store.has_reference)
+        wanted = LogpColumns.by(self.loss.needs, has_reference=view.store.has_reference)
         batch = GlobalBatch(positions, wanted, self.processes)
-        with self.policy.at_rest():
+        with self.policy.eval_mode():
             for mine, pairs in my_passes(view, positions, self.policy.scorer.packing, self.processes):
                 if interrupted():
                     return None
@@ -158,7 +158,7 @@ class Trainer:
             state,
             partial(self._write_extra, step),
             self.options.keep_last,
-            self.sound_step,
+            self.last_finite_step,
             self.processes,
         )
 
@@ -206,18 +206,18 @@ class Trainer:
         for broken, found_there in damage:
             kept = self.processes.first_does(partial(retention.set_aside, broken))
             warn(f"{found_there.why} The run goes on from {path.name} instead; the damaged one is kept as {kept}.")
-        self.account.go_on(state.account.model_dump() if state.account else {})
+        self.account.check_stop(state.account.model_dump() if state.account else {})
         self.rows_before = state.rows
-        self.sound_step = step - 1
+        self.last_finite_step = step - 1
         return step
 
     def go_back_to(self, checkpoints: Path, step: int) -> None:
         """Takes the policy back to the checkpoint of a step, to be saved as the model."""
         self._load(checkpoints / f"step-{step}")
 
-    def last_sound_checkpoint(self, checkpoints: Path) -> Path | None:
+    def last_finite_checkpoint(self, checkpoints: Path) -> Path | None:
         """The newest whose weights are known to be good; None where there is none."""
-        found = retention.latest(checkpoints, up_to=self.sound_step)
+        found = retention.latest(checkpoints, up_to=self.last_finite_step)
         return found and found[1]
 
     def _load(self, path: Path) -> State:
@@ -251,7 +251,7 @@ class Trainer:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                shortage, together = in_words(error), self.processes.count == 1
+                shortage, together = brief_message(error), self.processes.count == 1
             else:
                 if not self.processes.any(attempt.shortage.found is not None):
                     self._back_off.tell(step)
@@ -260,10 +260,10 @@ class Trainer:
             self._back_off.after(step, passes, shortage, together=together)
             self._ahead.clear()  # which was cut by the larger budget
 
-    def _passes(self, step: int) -> list[Pass]:
+    def _passes(self, step: int) -> list[MicroBatch]:
         """This process's micro-batches of a step; those of the next are read meanwhile."""
 
-        def read(wanted: int) -> list[Pass]:
+        def read(wanted: int) -> list[MicroBatch]:
             packing = self.policy.scorer.packing
             return list(my_passes(self.view, self.schedule.batch(wanted), packing, self.processes))
 
@@ -276,7 +276,7 @@ class Trainer:
         return torch.from_numpy(view.at(positions).weights).to(self.processes.device)
 
     def _update(self, step: int, positions: NDArray[np.int64]) -> dict[str, float]:
-        parameters = [parameter for _, parameter in self.policy.masters]
+        parameters = [parameter for _, parameter in self.policy.master_weights]
         limit = self.options.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

@@ -86,7 +86,7 @@ def write_share(world: World, index: int, count: int) -> None:
     """The tiles that one of several processes writes."""
     from dpocli.commands.precompute import Job
     from dpocli.config.commands import PrecomputeOptions
-    from dpocli.console.console import Terminal
+    from dpocli.console.console import Console
 
     options = PrecomputeOptions(
         model=str(world.reference),
@@ -95,7 +95,7 @@ def write_share(world: World, index: int, count: int) -> None:
         rows_per_part=world.rows_per_part,
         dtype="float32",
     )
-    writer = Job.of(options, Terminal()).writer()
+    writer = Job.of(options, Console()).writer()
     writer.check()
     for tile in writer.missing(index, count):
         writer.write(tile, random_pairs(tile.start, tile.stop, world))

@@ -20,12 +20,12 @@ from dpocli.console.progress import Nothing, Progress
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout, pack
 from dpocli.data.preference import EncodedPair, ReferenceLogps
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.model import load
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import load_model
 from dpocli.objective import losses
-from dpocli.objective.logps import Wanted
+from dpocli.objective.logps import LogpColumns
 from dpocli.scoring import head as head_module
 from dpocli.scoring import scorer as scoring
 from dpocli.scoring.head import Head, token_logps
@@ -96,8 +96,8 @@ def trained(
     options = TrainOptions(
         out=Path("unused"), model="unused", reference=Path("unused"), gradient_checkpointing=checkpointing
     )
-    wanted = Wanted(reference=True)
-    with _switched_off(without), joined(CPU, even_alone=True) as processes:
+    wanted = LogpColumns(reference=True)
+    with _switched_off(without), init_processes(CPU, even_alone=True) as processes:
         frozen = _scorer(model, without, budget) if live else None
         policy = Policy(_scorer(model, without, budget), options, torch.float32, processes)
         throughput = Throughput(policy.scorer, backward=True)

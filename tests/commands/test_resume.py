@@ -21,7 +21,7 @@ from dpocli.commands import train, train_outputs
 from dpocli.distributed import shared_filesystem
 from dpocli.model.save import save_model
 from dpocli.training import trainer
-from dpocli.training.monitor import Narration
+from dpocli.training.monitor import Monitor
 from dpocli.training.trainer import Trainer
 from tests.commands.broken_inputs import replace_json
 from tests.commands.conftest import MODEL, TRAIN, Result, Run, metrics_of, quiet
@@ -397,7 +397,7 @@ def test_a_kill_before_the_row_is_back_does_not_lose_the_evaluation(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Narration, "log", killed)
+        patch.setattr(Monitor, "log", killed)
         assert dpocli(*line, "--out", stopped).code == 130
     assert [row["step"] for row in metrics_of(stopped)] == [0, 1]
     assert_goes_on(dpocli(*line, "--out", stopped), 2)

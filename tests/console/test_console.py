@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from dpocli.console.console import Terminal, format_value, without_nan
+from dpocli.console.console import Console, format_value, without_nan
 
 
 class Screen(io.StringIO):
@@ -36,64 +36,64 @@ def screen(monkeypatch):
 
 
 def test_messages_go_to_stderr_whole_and_plain(capsys):
-    terminal = Terminal()
+    console = Console()
     long = "word " * 60 + "[bold]no markup[/bold] :smile: 5e-7"
-    terminal.say(long)
-    terminal.warn("careful")
-    terminal.error("wrong")
+    console.say(long)
+    console.warn("careful")
+    console.error("wrong")
     out, err = capsys.readouterr()
     assert out == ""
     assert err == f"{long}\nwarning: careful\nerror: wrong\n"
 
 
 def test_other_ranks_are_silent_except_for_errors(capsys):
-    terminal = Terminal(rank=3)
-    terminal.say("x")
-    terminal.warn("x")
-    terminal.table("x", ["a"], [[1]])
-    terminal.result({"a": 1}, lambda printer: printer.say("x"))
-    with terminal.progress(10, "x") as progress:
+    console = Console(rank=3)
+    console.say("x")
+    console.warn("x")
+    console.table("x", ["a"], [[1]])
+    console.result({"a": 1}, lambda printer: printer.say("x"))
+    with console.progress(10, "x") as progress:
         progress.update(pairs=10)
     assert capsys.readouterr() == ("", "")
-    terminal.error("wrong")
+    console.error("wrong")
     assert capsys.readouterr().err == "error (rank 3): wrong\n"
 
 
 def test_colour_on_a_terminal_unless_no_color(screen, monkeypatch):
     stream = screen()
-    Terminal().warn("careful")
+    Console().warn("careful")
     assert "\x1b[1;33m" in stream.getvalue()
     monkeypatch.setenv("NO_COLOR", "1")
     stream = screen()
-    Terminal().warn("careful")
+    Console().warn("careful")
     assert "33m" not in stream.getvalue()
     assert "careful" in stream.getvalue()
 
 
 def test_tables_align_numbers_and_keep_brackets(capsys):
-    Terminal().table("Figures", ["name", "value"], [["[a]", 1.5], ["b", None], ["c", 12345]])
+    Console().table("Figures", ["name", "value"], [["[a]", 1.5], ["b", None], ["c", 12345]])
     assert capsys.readouterr().err.split("\n")[0].strip() == "Figures"
-    Terminal().table("", ["name", "value"], [["[a]", 1.5], ["b", None], ["c", 12345]])
+    Console().table("", ["name", "value"], [["[a]", 1.5], ["b", None], ["c", 12345]])
     lines = [line.rstrip() for line in capsys.readouterr().err.splitlines()]
     assert lines == ["name   value", "[a]   1.5000", "b          -", "c     12,345"]
 
 
 def test_the_result_is_one_json_object(capsys):
-    Terminal(json=True).result({"a": [1, float("nan")], "b": {"c": float("inf"), "d": "ä"}}, lambda printer: None)
+    Console(json=True).result({"a": [1, float("nan")], "b": {"c": float("inf"), "d": "ä"}}, lambda printer: None)
     out, err = capsys.readouterr()
     assert (json.loads(out), err) == ({"a": [1, None], "b": {"c": None, "d": "ä"}}, "")
     assert out.count("\n") == 1
 
 
 def test_the_result_is_rendered_on_stdout(capsys):
-    Terminal().result({"a": 1}, lambda printer: printer.table("", ["a"], [[1]]))
+    Console().result({"a": 1}, lambda printer: printer.table("", ["a"], [[1]]))
     out, err = capsys.readouterr()
     assert (out.split(), err) == (["a", "1"], "")
 
 
 def test_a_file_gets_a_line_every_ten_seconds_and_a_last_one(capsys):
     clock = Clock()
-    with Terminal(clock=clock).progress(1000, "score") as progress:
+    with Console(clock=clock).progress(1000, "score") as progress:
         for _ in range(100):
             clock.now += 0.3
             progress.update(pairs=10, tokens=6000, loss=0.69314)
@@ -105,30 +105,30 @@ def test_a_file_gets_a_line_every_ten_seconds_and_a_last_one(capsys):
 
 @pytest.mark.parametrize(("unit", "done"), [("pairs", 8), ("rows", 8), ("steps", 1)])
 def test_what_advances(capsys, unit, done):
-    with Terminal().progress(None, "x", unit=unit) as progress:
+    with Console().progress(None, "x", unit=unit) as progress:
         progress.update(pairs=8)
     assert capsys.readouterr().err.startswith(f"x: {done} {unit} in 0:00")
 
 
 def test_a_resumed_run_estimates_from_its_own_pace(capsys):
     clock = Clock()
-    with Terminal(clock=clock).progress(100, "train", unit="steps", initial=90) as progress:
+    with Console(clock=clock).progress(100, "train", unit="steps", initial=90) as progress:
         clock.now += 20
         progress.update(pairs=4)
     assert capsys.readouterr().err.startswith("train: 91/100 steps (91%), 0.2 pairs/s, 3:00 left\n")
 
 
 def test_an_empty_piece_of_work(capsys):
-    with Terminal().progress(0, "x"):
+    with Console().progress(0, "x"):
         pass
     assert capsys.readouterr().err == "x: 0 pairs in 0:00\n"
 
 
 def test_a_live_bar_on_a_terminal(screen):
-    stream, terminal = screen(), Terminal()
-    with terminal.progress(10, "score") as progress:
+    stream, console = screen(), Console()
+    with console.progress(10, "score") as progress:
         progress.update(pairs=4, tokens=100, loss=0.5)
-        terminal.say("in between")
+        console.say("in between")
         progress.update(pairs=6)
     shown = stream.getvalue()
     assert "\r" in shown
@@ -139,7 +139,7 @@ def test_a_live_bar_on_a_terminal(screen):
 
 
 def test_progress_ends_with_an_error_too(capsys):
-    with pytest.raises(KeyError), Terminal().progress(10, "x"):
+    with pytest.raises(KeyError), Console().progress(10, "x"):
         raise KeyError
     assert capsys.readouterr().err == "x: 0 pairs in 0:00\n"
 
@@ -151,9 +151,9 @@ def test_a_reader_who_has_gone_away_stops_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "stderr", Gone())
     monkeypatch.setattr(sys, "stdout", Gone())
-    Terminal().say("x")
-    Terminal().table("x", ["a"], [[1]])
-    Terminal(json=True).result({}, lambda printer: None)
+    Console().say("x")
+    Console().table("x", ["a"], [[1]])
+    Console(json=True).result({}, lambda printer: None)
 
 
 @pytest.mark.parametrize(

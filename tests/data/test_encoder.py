@@ -13,7 +13,7 @@ from dpocli.data.encoder import NO_EOS, TEXT_FOR_A_CHAT_MODEL, Encoder, encode_r
 from dpocli.data.formats import BadRowError
 from dpocli.data.preference import EncodedPair, Preference, Skipped, SkipReason
 from dpocli.data.rendering import NOT_A_PREFIX, REWRITTEN
-from dpocli.data.sources import Rows, open_rows
+from dpocli.data.sources import SourceRows, open_rows
 from dpocli.errors import UsageError
 from tests.data.tokenizers_for_tests import (
     CHATML,
@@ -419,7 +419,7 @@ def test_the_library_does_not_warn_about_lengths(caplog: pytest.LogCaptureFixtur
     assert not caplog.records
 
 
-def rows_from(tmp_path: Path, lines: list[Any]) -> Rows:
+def rows_from(tmp_path: Path, lines: list[Any]) -> SourceRows:
     path = tmp_path / "prefs.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
     return open_rows(options(data=[str(path)]))

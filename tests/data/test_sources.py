@@ -15,7 +15,7 @@ import pytest
 from dpocli.config.options import DataOptions
 from dpocli.data.json_files import CHUNK_CHARACTERS
 from dpocli.data.row_file import RowFile
-from dpocli.data.sources import RawRow, Rows, open_rows
+from dpocli.data.sources import RawRow, SourceRows, open_rows
 from dpocli.errors import DataError, UsageError
 
 
@@ -47,11 +47,11 @@ WRITERS = {"x.jsonl": write_jsonl, "x.jsonl.gz": write_gzip, "x.json": write_jso
 formats = pytest.mark.parametrize("name", WRITERS)
 
 
-def rows_of(*paths: Path | str, **values: Any) -> Rows:
+def rows_of(*paths: Path | str, **values: Any) -> SourceRows:
     return open_rows(DataOptions(data=[str(path) for path in paths]).model_copy(update=values))
 
 
-def read_all(rows: Rows) -> list[RawRow]:
+def read_all(rows: SourceRows) -> list[RawRow]:
     return list(rows.read(0, rows.num_rows))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpocli.console.console import Terminal, rank_from_environment
+from dpocli.console.console import Console, rank_from_environment
 from dpocli.distributed.launch import first_host, launched, pick_device
 from dpocli.errors import UsageError
 
@@ -87,15 +87,15 @@ def test_tasks_of_a_machine_take_its_devices_in_turn(monkeypatch: pytest.MonkeyP
 def test_only_the_first_task_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for number in ("0", "5"):
         environment(monkeypatch, SLURM, {"SLURM_PROCID": number})
-        terminal = Terminal(json=True, rank=rank_from_environment("slurm"))
-        terminal.say("what happens")
-        terminal.warn("what may be wrong")
-        terminal.result({"task": number}, lambda _: None)
+        console = Console(json=True, rank=rank_from_environment("slurm"))
+        console.say("what happens")
+        console.warn("what may be wrong")
+        console.result({"task": number}, lambda _: None)
         out, err = capsys.readouterr()
         assert (out, err) == (
             ('{"task": "0"}\n', "what happens\nwarning: what may be wrong\n") if number == "0" else ("", "")
         )
-        terminal.error("why it ends")
+        console.error("why it ends")
         assert capsys.readouterr().err == ("error: " if number == "0" else "error (rank 5): ") + "why it ends\n"
 
 

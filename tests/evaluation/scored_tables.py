@@ -9,7 +9,7 @@ import torch
 from dpocli.config.loss_expression import LossChoice, named
 from dpocli.evaluation.pair_table import PairTable, ScoredPairs
 from dpocli.evaluation.report import Evaluated
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 
 
 def scored_pairs(
@@ -29,7 +29,7 @@ def scored_pairs(
         "rejected_tokens": tokens[1],
     }
     columns |= {} if reference is None else {"reference_chosen": reference[0], "reference_rejected": reference[1]}
-    wanted = Wanted(reference=reference is not None)
+    wanted = LogpColumns(reference=reference is not None)
     logps = {name: torch.tensor(np.asarray(columns[name], dtype=np.float64)) for name in wanted.names}
     known: dict[str, Any] = {
         "row": np.arange(count),

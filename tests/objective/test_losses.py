@@ -16,7 +16,7 @@ from dpocli.config.hyperparameters import MODIFIERS, Need, Value
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.losses import CATALOGUE
 from dpocli.objective.batch_gradient import batch_gradient, with_gradient
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.objective.losses import LOSSES, NEXT_STATE, LossOutput, States, compute, next_states
 from dpocli.objective.losses.modifiers import wpo_weights
 from dpocli.objective.losses.reference_free import alphapo
@@ -197,7 +197,7 @@ def test_beta_changes_the_loss_where_there_is_one(name: str) -> None:
 @variants_and_modified
 def test_what_a_loss_needs_is_what_it_reads(name: str, numbers: dict[str, Value]) -> None:
     everything, choice = random_logps(), choice_of(name, **numbers)
-    names = Wanted.by(choice.needs, has_reference=choice.needs_reference).names
+    names = LogpColumns.by(choice.needs, has_reference=choice.needs_reference).names
     needed = {column: values for column, values in everything.columns().items() if column in names}
     absent: dict[str, Any] = dict.fromkeys(("reference_chosen", "reference_rejected"))
     expected = compute(choice, everything)
@@ -206,7 +206,7 @@ def test_what_a_loss_needs_is_what_it_reads(name: str, numbers: dict[str, Value]
     assert torch.equal(found.losses, expected.losses)
     assert torch.equal(found.chosen_rewards, expected.chosen_rewards)
     assert torch.equal(found.rejected_rewards, expected.rejected_rewards)
-    for column in needed.keys() - Wanted().names:
+    for column in needed.keys() - LogpColumns().names:
         removed: dict[str, Any] = {column: None}
         with pytest.raises((AssertionError, TypeError)):
             compute(choice, replace(everything, **removed))
@@ -215,7 +215,7 @@ def test_what_a_loss_needs_is_what_it_reads(name: str, numbers: dict[str, Value]
 @variants_and_modified
 def test_columns_that_are_not_needed_are_not_read(name: str, numbers: dict[str, Value]) -> None:
     everything, choice = random_logps(), choice_of(name, **numbers)
-    names = Wanted.by(choice.needs, has_reference=choice.needs_reference).names
+    names = LogpColumns.by(choice.needs, has_reference=choice.needs_reference).names
     nan = torch.full((7,), math.nan, dtype=torch.float64)
     poisoned = replace(everything, **{column: nan for column in everything.columns() if column not in names})
     assert torch.equal(compute(choice, poisoned).losses, compute(choice, everything).losses)

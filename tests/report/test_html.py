@@ -191,9 +191,9 @@ def test_long_texts_are_folded_and_lose_nothing():
     words = tuple(ShownToken(f" w{place}w", 0.1, True) for place in range(900))
     page = page_of(shown=Showcase((made_up_pair(prompt=prompt, chosen=words),), (), has_reference=True))
     assert page.tags.count("details") == 2
-    joined = re.sub(r"\d+,?\d* more \w+", "", page.text)
-    assert prompt in joined
-    assert "".join(word.text for word in words) in joined
+    init_processes = re.sub(r"\d+,?\d* more \w+", "", page.text)
+    assert prompt in init_processes
+    assert "".join(word.text for word in words) in init_processes
 
 
 def test_white_space_and_line_ends_are_seen_and_kept():

@@ -9,7 +9,7 @@ import pytest
 
 from dpocli.errors import ResourceError, UsageError
 from dpocli.run import files
-from dpocli.run.files import file_errors_in_words, read_json, remove_stale_temporaries, write_atomically, write_json
+from dpocli.run.files import read_json, remove_stale_temporaries, translating_file_errors, write_atomically, write_json
 
 
 def dead_pid():
@@ -69,7 +69,7 @@ def test_the_temporary_name_says_who_writes(tmp_path):
     ],
 )
 def test_errors_of_the_system_in_words(number, kind, words):
-    with pytest.raises(kind, match=f"Writing ref failed: .*{words}"), file_errors_in_words("Writing ref"):
+    with pytest.raises(kind, match=f"Writing ref failed: .*{words}"), translating_file_errors("Writing ref"):
         raise OSError(number, os.strerror(number))
 
 

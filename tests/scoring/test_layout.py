@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
-from dpocli.scoring.layout import Rows, Segment, Tally
+from dpocli.scoring.layout import Segment, TokenCounter, TokenRows
 from tests.sized_pairs import pairs_of
 
 length = st.one_of(st.just(1), st.integers(1, 9))
@@ -63,7 +63,7 @@ def test_one_row_is_the_one_written_by_hand(layout: Layout, sizes: list[tuple[in
     write: Callable[..., None] = naive.share if layout is Layout.SHARED else naive.pack
     for pair in pairs:
         write(*token_lists(pair))
-    rows = Rows.of(PairBatch.of(pairs), layout)
+    rows = TokenRows.of(PairBatch.of(pairs), layout)
     assert rows.input_ids.tolist() == [naive.ids]
     assert rows.position_ids is not None
     assert rows.position_ids.tolist() == [naive.positions]
@@ -84,7 +84,7 @@ def test_one_row_is_the_one_written_by_hand(layout: Layout, sizes: list[tuple[in
 @given(sizes=sizes)
 def test_padded_rows_hold_all_chosen_sides_and_then_all_rejected_ones(sizes: list[tuple[int, int, int]]) -> None:
     pairs = pairs_of(*sizes)
-    rows = Rows.of(PairBatch.of(pairs), Layout.PADDED)
+    rows = TokenRows.of(PairBatch.of(pairs), Layout.PADDED)
     assert rows.position_ids is None
     assert rows.segments == ()
     assert rows.inputs.keys() == {"input_ids"}
@@ -112,7 +112,7 @@ def test_each_predicting_state_stands_left_of_its_target_in_its_own_sequence(
 ) -> None:
     """Whatever the layout: the token at a predicting state, and its place, are those before the target's."""
     pairs = pairs_of(*sizes)
-    rows = Rows.of(PairBatch.of(pairs), layout)
+    rows = TokenRows.of(PairBatch.of(pairs), layout)
     width = rows.input_ids.shape[1]
     places = torch.arange(width).expand_as(rows.input_ids) if rows.position_ids is None else rows.position_ids
     before = [
@@ -130,12 +130,12 @@ def test_each_predicting_state_stands_left_of_its_target_in_its_own_sequence(
 @everywhere
 def test_the_size_of_a_pair_is_what_it_takes_in_its_rows(layout: Layout) -> None:
     for sizes in ((1, 1, 1), (4, 2, 7), (3, 9, 1)):
-        assert Rows.of(PairBatch.of(pairs_of(sizes)), layout).input_ids.numel() == layout.size(*sizes)
+        assert TokenRows.of(PairBatch.of(pairs_of(sizes)), layout).input_ids.numel() == layout.size(*sizes)
 
 
 @in_one_row
 def test_a_widened_row_has_padding_in_a_segment_of_its_own(layout: Layout) -> None:
-    rows = Rows.of(PairBatch.of(pairs_of((3, 2, 4), (1, 1, 1))), layout)
+    rows = TokenRows.of(PairBatch.of(pairs_of((3, 2, 4), (1, 1, 1))), layout)
     length = rows.input_ids.shape[1]
     wide = rows.widened(length + 5)
     assert wide.position_ids is not None
@@ -151,10 +151,10 @@ def test_a_widened_row_has_padding_in_a_segment_of_its_own(layout: Layout) -> No
 
 def test_rows_that_are_wide_enough_stay_as_they_are() -> None:
     batch = PairBatch.of(pairs_of((3, 2, 4), (1, 1, 1)))
-    row = Rows.of(batch, Layout.SHARED)
+    row = TokenRows.of(batch, Layout.SHARED)
     assert row.widened(row.input_ids.shape[1]) is row
     assert row.widened(1) is row
-    padded = Rows.of(batch, Layout.PADDED)
+    padded = TokenRows.of(batch, Layout.PADDED)
     assert padded.widened(64) is padded
 
 
@@ -163,12 +163,12 @@ def test_a_tally_counts_tokens_by_what_became_of_them() -> None:
     attended = 9 / 2 + (2 * 3 + 2) + (4 * 3 + 8) + 1 / 2 + 2 * (1 + 1 / 2)
     computed = {Layout.SHARED: 12, Layout.PACKED: 16, Layout.PADDED: 4 * 7}
     for layout, tokens in computed.items():
-        tally = Tally()
-        tally.add(batch, Rows.of(batch, layout))
+        tally = TokenCounter()
+        tally.add(batch, TokenRows.of(batch, layout))
         padding = tokens - 16 if layout is Layout.PADDED else 0
         assert (tally.computed, tally.padding, tally.unique, tally.scored) == (tokens, padding, 12, 8)
         assert tally.attended == pytest.approx(attended)
-        tally.add(batch, Rows.of(batch, layout).widened(32))
+        tally.add(batch, TokenRows.of(batch, layout).widened(32))
         grown = tokens if layout is Layout.PADDED else 32
         assert (tally.computed, tally.padding) == (
             tokens + grown,
@@ -179,9 +179,9 @@ def test_a_tally_counts_tokens_by_what_became_of_them() -> None:
 
 def test_a_tally_of_training_leaves_out_passes_without_a_graph() -> None:
     batch = PairBatch.of(pairs_of((3, 2, 4)))
-    tally = Tally(with_gradient_only=True)
+    tally = TokenCounter(with_gradient_only=True)
     with torch.no_grad():
-        tally.add(batch, Rows.of(batch, Layout.SHARED))
-    assert tally == Tally(with_gradient_only=True)
-    tally.add(batch, Rows.of(batch, Layout.SHARED))
+        tally.add(batch, TokenRows.of(batch, Layout.SHARED))
+    assert tally == TokenCounter(with_gradient_only=True)
+    tally.add(batch, TokenRows.of(batch, Layout.SHARED))
     assert tally.unique == 9

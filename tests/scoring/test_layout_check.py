@@ -14,10 +14,10 @@ from dpocli.config.commands import TrainOptions
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.errors import NumericsError, ResourceError, UsageError
 from dpocli.scoring import attention
-from dpocli.scoring.layout_check import NUM_DRAWN, TOKENS_ENOUGH, PairsInMemory, sample, settle, window_of
+from dpocli.scoring.layout_check import NUM_DRAWN, TOKENS_ENOUGH, PairsInMemory, choose_layout, sample, window_of
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy
 from tests.pairs import random_pairs
@@ -44,7 +44,7 @@ class Settled:
         return self.scorer.packing.layout
 
 
-def gradient_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+def outer_gradient(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     def gradient(loss: Tensor) -> Tensor:
         loss.backward()
         flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -64,8 +64,8 @@ def settled(
 ) -> Settled:
     scorer = PairScorer(model) if isinstance(model, PreTrainedModel) else model
     outcome = Settled(scorer)
-    gradient = gradient_of(scorer.model) if training else None
-    settle(scorer, pairs or pairs_of(*LONG), asked, processes, outcome.said.append, gradient)
+    gradient = outer_gradient(scorer.model) if training else None
+    choose_layout(scorer, pairs or pairs_of(*LONG), asked, processes, outcome.said.append, gradient)
     return outcome
 
 
@@ -426,7 +426,7 @@ def test_a_second_check_compares_with_the_plain_layout_too(monkeypatch: pytest.M
 
 @pytest.fixture(scope="module")
 def group() -> Iterator[Processes]:
-    with joined(torch.device("cpu"), even_alone=True) as processes:
+    with init_processes(torch.device("cpu"), even_alone=True) as processes:
         yield processes
 
 
@@ -439,7 +439,7 @@ def gradients_after(policy: Policy, pairs: Sequence[EncodedPair]) -> dict[str, T
     policy.reduce_gradients_on_backward(True)
     tokens = policy.scorer(PairBatch.of(pairs))
     (tokens.chosen.sum() - tokens.rejected.sum()).backward()
-    return {name: parameter.grad.full_tensor() for name, parameter in policy.masters}
+    return {name: parameter.grad.full_tensor() for name, parameter in policy.master_weights}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -449,7 +449,7 @@ def test_a_policy_shares_prompts_with_the_gradients_of_plain_rows(
 ) -> None:
     pairs, said = pairs_of(*LONG), []
     policy = policy_of(family, group, gradient_checkpointing=checkpointing)
-    settle(policy.scorer, pairs, "auto", group, said.append, policy.gradient_of)
+    choose_layout(policy.scorer, pairs, "auto", group, said.append, policy.outer_gradient)
     assert policy.scorer.packing.layout is Layout.SHARED
     assert said == []
     found = gradients_after(policy, pairs)
@@ -462,7 +462,7 @@ def test_dropout_that_training_keeps_is_no_difference(group: Processes) -> None:
     policy = policy_of("gpt2", group, model_dropout=True)
     rates = [module.p for module in policy.scorer.modules() if isinstance(module, nn.Dropout)]
     with policy.dropout_off():
-        settle(policy.scorer, pairs_of(*LONG), "auto", group, said.append, policy.gradient_of)
+        choose_layout(policy.scorer, pairs_of(*LONG), "auto", group, said.append, policy.outer_gradient)
     assert [module.p for module in policy.scorer.modules() if isinstance(module, nn.Dropout)] == rates
     assert any(rates)
     assert policy.scorer.packing.layout is Layout.SHARED
@@ -492,7 +492,7 @@ def test_a_refused_way_leaves_no_trace_in_the_first_step(
     altered(monkeypatch, alter)
     pairs, said = pairs_of(*LONG), []
     policy = policy_of("llama-tied", group)
-    settle(policy.scorer, pairs, "auto", group, said.append, policy.gradient_of)
+    choose_layout(policy.scorer, pairs, "auto", group, said.append, policy.outer_gradient)
     assert policy.scorer.packing.layout is Layout.PADDED
     assert reason in said[0]
     assert all(parameter.grad is None for parameter in policy.scorer.parameters())
@@ -508,7 +508,7 @@ def test_a_backward_pass_that_fails_ends_the_run(group: Processes, monkeypatch: 
     with pytest.raises(
         UsageError, match=r"backward pass of scoring shared failed .*no backward kernel.*--scoring packed"
     ):
-        settle(policy.scorer, pairs_of(*LONG), "auto", group, lambda _: None, policy.gradient_of)
+        choose_layout(policy.scorer, pairs_of(*LONG), "auto", group, lambda _: None, policy.outer_gradient)
 
 
 # The pairs to try it on.

@@ -12,7 +12,7 @@ from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout, Packing, pack
 from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.errors import UsageError
-from dpocli.objective.logps import Wanted
+from dpocli.objective.logps import LogpColumns
 from dpocli.scoring import head as head_module
 from dpocli.scoring.head import Head, LogitMap, token_logps
 from dpocli.scoring.head_probe import HeadKind
@@ -129,7 +129,7 @@ def test_masked_tokens_are_scored_but_not_summed() -> None:
     batch = PairBatch.of(pairs)
     with torch.no_grad():
         tokens = PairScorer(model)(batch)
-    sums = pair_logps(tokens, batch, pairs, Wanted(reference=True))
+    sums = pair_logps(tokens, batch, pairs, LogpColumns(reference=True))
     for index, pair in enumerate(pairs):
         chosen = plain_logps(model, pair.prompt_ids, pair.chosen_ids)
         torch.testing.assert_close(
@@ -144,7 +144,7 @@ def test_the_head_is_never_larger_than_a_tile() -> None:
     """A vocabulary of 49k at 2 × 40 positions: the plain way would hold 15 MB of float32 logits, a tile is 8 MB / 12."""
     seen: list[torch.Size] = []
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class Diagnostics(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             result = function(*args, **(kwargs or {}))
             if isinstance(result, Tensor) and result.dim() == 2:
@@ -156,7 +156,7 @@ def test_the_head_is_never_larger_than_a_tile() -> None:
     torch.manual_seed(0)
     model = llama(vocab_size=49_152)
     scorer = PairScorer(model)
-    with Watch():
+    with Diagnostics():
         tokens = scorer(PairBatch.of(random_pairs(2, longest=40)))
         tokens.chosen.sum().backward()
     weight_shapes = {tuple(p.shape) for p in model.parameters()} | {

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dpocli.cli import run_command_line
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.console.progress import Progress
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
@@ -61,10 +61,10 @@ def new_scorer(layout: Layout, model: str = "llama-untied") -> PairScorer:
 
 
 def scored(
-    scorer: PairScorer, pairs: list[EncodedPair], go_on: Callable[[], None] = lambda: None
+    scorer: PairScorer, pairs: list[EncodedPair], check_stop: Callable[[], None] = lambda: None
 ) -> tuple[list[EncodedPair], Progress]:
-    with Terminal(rank=1).progress(len(pairs), "score") as progress:
-        return reference_logps(scorer, pairs, progress, go_on, ALONE), progress
+    with Console(rank=1).progress(len(pairs), "score") as progress:
+        return reference_logps(scorer, pairs, progress, check_stop, ALONE), progress
 
 
 @pytest.mark.parametrize("error", [GPU, CPU, HOST], ids=["on a GPU", "on a CPU", "of the host"])

@@ -15,12 +15,12 @@ from torch import Tensor
 from dpocli.config.hyperparameters import Need
 from dpocli.data.batch import PairBatch
 from dpocli.data.preference import EncodedPair, TokenMask
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.scoring.token_logps import TokenLogps, pair_logps, segment_sums, tail_mask
 from tests.pairs import random_pairs
 
-EVERYTHING = Wanted(reference=True, collision=True, tails=True)
-ALL_WANTED = [Wanted(*wanted) for wanted in itertools.product([False, True], repeat=3)]
+EVERYTHING = LogpColumns(reference=True, collision=True, tails=True)
+ALL_WANTED = [LogpColumns(*wanted) for wanted in itertools.product([False, True], repeat=3)]
 SIDES = ("chosen", "rejected")
 
 
@@ -98,7 +98,7 @@ def test_the_sums_of_pairs_are_those_of_a_plain_loop(masked: bool, seed: int) ->
 
 
 @pytest.mark.parametrize("wanted", ALL_WANTED, ids=str)
-def test_what_is_wanted_is_there_and_nothing_else(wanted: Wanted) -> None:
+def test_what_is_wanted_is_there_and_nothing_else(wanted: LogpColumns) -> None:
     pairs = masked_pairs(6)
     tokens = random_tokens(pairs)
     logps = pair_logps(tokens, PairBatch.of(pairs), pairs, wanted)
@@ -112,12 +112,12 @@ def test_what_is_wanted_is_there_and_nothing_else(wanted: Wanted) -> None:
 def test_without_a_reference_none_is_asked_for() -> None:
     pairs = [replace(pair, reference=None) for pair in masked_pairs(4)]
     tokens = random_tokens(pairs)._replace(chosen_collision=None, rejected_collision=None)
-    logps = pair_logps(tokens, PairBatch.of(pairs), pairs, Wanted(tails=True))
+    logps = pair_logps(tokens, PairBatch.of(pairs), pairs, LogpColumns(tails=True))
     assert logps.reference_chosen is None
     assert logps.reference_chosen_tail is None
     assert logps.policy_chosen_tail is not None
     with pytest.raises(AssertionError):
-        pair_logps(tokens, PairBatch.of(pairs), pairs, Wanted(collision=True))
+        pair_logps(tokens, PairBatch.of(pairs), pairs, LogpColumns(collision=True))
 
 
 @pytest.mark.parametrize("poison", [math.nan, -math.inf])
@@ -203,26 +203,26 @@ def test_columns_of_each_kind() -> None:
             expected |= {"reference_chosen_tail", "reference_rejected_tail"}
         assert set(wanted.names) == expected
         assert len(wanted.names) == len(expected)
-    assert Wanted().names == always
+    assert LogpColumns().names == always
     assert EVERYTHING.names == tuple(column.name for column in fields(PairLogps))
 
 
 @pytest.mark.parametrize(
     ("needs", "has_reference", "expected"),
     [
-        (set(), False, Wanted()),
-        (set(), True, Wanted(reference=True)),
-        ({Need.COLLISION, Need.WHOLE_BATCH}, False, Wanted(collision=True)),
-        ({Need.REFERENCE, Need.TAILS}, True, Wanted(reference=True, tails=True)),
+        (set(), False, LogpColumns()),
+        (set(), True, LogpColumns(reference=True)),
+        ({Need.COLLISION, Need.WHOLE_BATCH}, False, LogpColumns(collision=True)),
+        ({Need.REFERENCE, Need.TAILS}, True, LogpColumns(reference=True, tails=True)),
         (set(Need), True, EVERYTHING),
     ],
 )
-def test_what_losses_need_is_what_is_wanted(needs: set[Need], has_reference: bool, expected: Wanted) -> None:
-    assert Wanted.by(needs, has_reference=has_reference) == expected
+def test_what_losses_need_is_what_is_wanted(needs: set[Need], has_reference: bool, expected: LogpColumns) -> None:
+    assert LogpColumns.by(needs, has_reference=has_reference) == expected
 
 
 @pytest.mark.parametrize("wanted", ALL_WANTED, ids=str)
-def test_a_matrix_and_back(wanted: Wanted) -> None:
+def test_a_matrix_and_back(wanted: LogpColumns) -> None:
     pairs = masked_pairs(5)
     tokens = random_tokens(pairs)._replace(chosen=random_tokens(pairs).chosen.requires_grad_())
     logps = pair_logps(tokens, PairBatch.of(pairs), pairs, wanted)
@@ -244,7 +244,7 @@ def test_a_matrix_and_back(wanted: Wanted) -> None:
 
 def test_a_matrix_of_other_columns_is_an_error() -> None:
     pairs = masked_pairs(2)
-    matrix = pair_logps(random_tokens(pairs), PairBatch.of(pairs), pairs, Wanted(reference=True)).matrix()
-    wrong: Any = Wanted(reference=True, tails=True)
+    matrix = pair_logps(random_tokens(pairs), PairBatch.of(pairs), pairs, LogpColumns(reference=True)).matrix()
+    wrong: Any = LogpColumns(reference=True, tails=True)
     with pytest.raises(ValueError, match="zip"):
         PairLogps.from_matrix(wrong, matrix)

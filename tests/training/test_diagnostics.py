@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpocli.config.loss_expression import LossChoice
-from dpocli.training.diagnostics import WINDOW, RunWarning, Watch, truncation, warnings_of
+from dpocli.training.diagnostics import WINDOW, Diagnostics, RunWarning, truncation, warnings_of
 from dpocli.training.schedule import Schedule
 
 DPO = LossChoice.of("dpo")
@@ -271,10 +271,10 @@ def test_each_is_said_once() -> None:
     }  # fmt: skip
 
 
-def starts(rows: list[Row], kill_every: int) -> Iterator[tuple[Watch, list[Row], list[Row]]]:
+def starts(rows: list[Row], kill_every: int) -> Iterator[tuple[Diagnostics, list[Row], list[Row]]]:
     """What the starts of a run that is killed every so many rows read again, and what they add."""
     for begin in range(0, len(rows), kill_every):
-        yield Watch(DPO, schedule(300)), rows[:begin], rows[begin : begin + kill_every]
+        yield Diagnostics(DPO, schedule(300)), rows[:begin], rows[begin : begin + kill_every]
 
 
 @pytest.mark.parametrize("kill_every", [1, 7, 50])
@@ -289,7 +289,7 @@ def test_a_run_that_is_killed_says_the_same(kill_every: int) -> None:
 
 def test_an_evaluation_that_was_cut_short_and_made_later_changes_nothing() -> None:
     rows = all_at_once()
-    watch, told = Watch(DPO, schedule(300)), []
+    watch, told = Diagnostics(DPO, schedule(300)), []
     for row in rows:
         if "loss" in row and "eval/loss" in row:  # the row as it stood when the run was stopped
             told += watch.see({name: value for name, value in row.items() if not name.startswith("eval/")})

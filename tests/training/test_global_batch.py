@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpocli.distributed.processes import Processes
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.training.gradients import GlobalBatch
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)
-EVERYTHING = Wanted(reference=True, collision=True, tails=True)
+EVERYTHING = LogpColumns(reference=True, collision=True, tails=True)
 
 
 def shuffled(count: int, seed: int = 0) -> NDArray[np.int64]:
@@ -22,7 +22,7 @@ def shuffled(count: int, seed: int = 0) -> NDArray[np.int64]:
     return np.random.default_rng(seed).permutation(1000)[:count]
 
 
-def logps_of(count: int, wanted: Wanted = EVERYTHING) -> PairLogps:
+def logps_of(count: int, wanted: LogpColumns = EVERYTHING) -> PairLogps:
     """Numbers that float32 cannot hold; and counts, as the engine gives them, in whole numbers."""
     generator = torch.Generator().manual_seed(0)
     columns: dict[str, Tensor | None] = dict.fromkeys(("reference_chosen", "reference_rejected"))
@@ -48,7 +48,7 @@ def assert_the_same(found: PairLogps, expected: PairLogps) -> None:
 
 def test_places_are_those_of_the_batch() -> None:
     positions = shuffled(17)
-    batch = GlobalBatch(positions, Wanted(), ALONE)
+    batch = GlobalBatch(positions, LogpColumns(), ALONE)
     assert batch.places(positions).tolist() == list(range(17))
     members = np.random.default_rng(1).permutation(17)[:6]
     assert batch.places(positions[members]).tolist() == members.tolist()
@@ -58,20 +58,20 @@ def test_a_micro_batch_without_pairs_has_no_places() -> None:
     positions = shuffled(5)
     nobody = positions[[]]
     assert nobody.dtype == np.int64
-    places = GlobalBatch(positions, Wanted(), ALONE).places(nobody)
+    places = GlobalBatch(positions, LogpColumns(), ALONE).places(nobody)
     assert (places.shape, places.dtype) == ((0,), torch.int64)
     assert torch.ones(5, dtype=torch.float64)[places].sum() == 0
 
 
 @pytest.mark.parametrize(
     "wanted",
-    [Wanted(), Wanted(reference=True), Wanted(collision=True), Wanted(tails=True), EVERYTHING],
+    [LogpColumns(), LogpColumns(reference=True), LogpColumns(collision=True), LogpColumns(tails=True), EVERYTHING],
     ids=lambda wanted: (
         "+".join(name for name in ("reference", "collision", "tails") if getattr(wanted, name)) or "none"
     ),
 )
 @pytest.mark.parametrize("parts", [1, 2, 5, 17])
-def test_what_is_put_in_pieces_comes_back_whole_and_exact(parts: int, wanted: Wanted) -> None:
+def test_what_is_put_in_pieces_comes_back_whole_and_exact(parts: int, wanted: LogpColumns) -> None:
     positions, logps = shuffled(17), logps_of(17, wanted)
     batch = GlobalBatch(positions, wanted, ALONE)
     for members in np.array_split(np.random.default_rng(2).permutation(17), parts):
@@ -81,9 +81,9 @@ def test_what_is_put_in_pieces_comes_back_whole_and_exact(parts: int, wanted: Wa
 
 
 def test_counts_stay_exact_where_float32_would_round_them() -> None:
-    positions, logps = shuffled(3), logps_of(3, Wanted())
+    positions, logps = shuffled(3), logps_of(3, LogpColumns())
     counts = torch.tensor([2**24 + 1, 2**31 + 1, 2**53 - 1])
-    batch = GlobalBatch(positions, Wanted(), ALONE)
+    batch = GlobalBatch(positions, LogpColumns(), ALONE)
     batch.put(positions, PairLogps(logps.policy_chosen, logps.policy_rejected, None, None, counts, counts.flip(0)))
     whole = batch.everywhere()
     assert [int(value) for value in whole.chosen_tokens] == counts.tolist()
@@ -91,12 +91,12 @@ def test_counts_stay_exact_where_float32_would_round_them() -> None:
 
 
 def test_it_holds_no_graph() -> None:
-    positions, logps = shuffled(4), logps_of(4, Wanted())
+    positions, logps = shuffled(4), logps_of(4, LogpColumns())
     live = PairLogps(
         logps.policy_chosen.requires_grad_(), logps.policy_rejected * 1, None, None, logps.chosen_tokens,
         logps.rejected_tokens,
     )  # fmt: skip
-    batch = GlobalBatch(positions, Wanted(), ALONE)
+    batch = GlobalBatch(positions, LogpColumns(), ALONE)
     batch.put(positions, live)
     assert not any(column.requires_grad for column in batch.everywhere().columns().values())
 

@@ -18,16 +18,16 @@ from dpocli.config.hyperparameters import Need
 from dpocli.config.loss_expression import LossChoice
 from dpocli.data.batch import PairBatch
 from dpocli.data.preference import EncodedPair, ReferenceLogps
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.objective import losses
-from dpocli.objective.logps import PairLogps, Wanted
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.objective.metrics import batch_loss
 from dpocli.scoring import passes
 from dpocli.scoring.passes import FILLER
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.token_logps import TokenLogps, pair_logps
 from dpocli.training import gradients
-from dpocli.training.gradients import GlobalBatch, Gradients, Pass, Step
+from dpocli.training.gradients import GlobalBatch, Gradients, MicroBatch, Step
 from dpocli.training.policy import Policy
 from tests.pairs import random_pairs
 from tests.tiny_models import SHAPE, build
@@ -50,13 +50,13 @@ EARLIER: losses.States = {"bco_pair": {"pairs": 6.0, "mean": 0.4}, "beta_dpo": {
 """What losses with a memory remember of the batches before."""
 
 Grads = dict[str, Tensor]
-Summed = Callable[[list[Pass], list[PairLogps]], Tensor]
+Summed = Callable[[list[MicroBatch], list[PairLogps]], Tensor]
 """The loss of a batch from the live log-probs of its micro-batches."""
 
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Processes]:
-    with joined(torch.device("cpu"), even_alone=True) as processes:
+    with init_processes(torch.device("cpu"), even_alone=True) as processes:
         yield processes
 
 
@@ -68,7 +68,7 @@ class Batch:
     positions: NDArray[np.int64]
     weights: Tensor
 
-    def cut(self, parts: int) -> list[Pass]:
+    def cut(self, parts: int) -> list[MicroBatch]:
         """Micro-batches, to which the pairs are dealt in another order than the batch's."""
         order = np.random.default_rng(5).permutation(len(self.pairs))
         return [
@@ -77,7 +77,7 @@ class Batch:
         ]
 
 
-def nobody(batch: Batch) -> Pass:
+def nobody(batch: Batch) -> MicroBatch:
     """What a process has where only others still have pairs."""
     return batch.positions[[]], []
 
@@ -100,8 +100,8 @@ def batch_for(model: PreTrainedModel, loss: str) -> Batch:
     return Batch(pairs, generator.permutation(100)[:PAIRS], torch.tensor(weights, dtype=torch.float64))
 
 
-def wanted_by(choice: LossChoice) -> Wanted:
-    return Wanted.by(choice.needs, has_reference=True)
+def wanted_by(choice: LossChoice) -> LogpColumns:
+    return LogpColumns.by(choice.needs, has_reference=True)
 
 
 def joined_logps(parts: Sequence[PairLogps]) -> PairLogps:
@@ -149,7 +149,7 @@ def by_the_engine(
     model: PreTrainedModel,
     loss: str,
     batch: Batch,
-    micro_batches: list[Pass],
+    micro_batches: list[MicroBatch],
     processes: Processes,
     *,
     router: float = 0.0,
@@ -166,14 +166,14 @@ def by_the_engine(
     step = Step(number, micro_batches, GlobalBatch(batch.positions, wanted, processes), batch.weights)
     logps, after = Gradients(policy, choice, wanted, router, SEED, processes).accumulate(step, states)
     value = batch_loss(losses.compute(choice, logps, after).losses, batch.weights)
-    grads = {name: cast(DTensor, parameter.grad).full_tensor() for name, parameter in policy.masters}
+    grads = {name: cast(DTensor, parameter.grad).full_tensor() for name, parameter in policy.master_weights}
     return Found(float(value), grads, after)
 
 
 def by_autograd(
     model: PreTrainedModel,
     loss: str,
-    micro_batches: list[Pass],
+    micro_batches: list[MicroBatch],
     summed: Summed,
     *,
     router: float = 0.0,
@@ -207,7 +207,7 @@ def by_autograd(
 def as_one_batch(batch: Batch, loss: str, states: losses.States = EARLIER) -> Summed:
     """The loss of all pairs together."""
 
-    def summed(micro_batches: list[Pass], live: list[PairLogps]) -> Tensor:
+    def summed(micro_batches: list[MicroBatch], live: list[PairLogps]) -> Tensor:
         choice, logps = LossChoice.of(loss), joined_logps(live)
         after = losses.next_states(choice, logps, states)
         return batch_loss(losses.compute(choice, logps, after).losses, weights_of(batch, micro_batches))
@@ -218,7 +218,7 @@ def as_one_batch(batch: Batch, loss: str, states: losses.States = EARLIER) -> Su
 def each_on_its_own(batch: Batch, loss: str) -> Summed:
     """A wrong scheme: every micro-batch is taken for a batch."""
 
-    def summed(micro_batches: list[Pass], live: list[PairLogps]) -> Tensor:
+    def summed(micro_batches: list[MicroBatch], live: list[PairLogps]) -> Tensor:
         choice = LossChoice.of(loss)
         parts = [
             (weights_of(batch, [micro_batch]) * losses.compute(choice, logps, after).losses).sum()
@@ -230,7 +230,7 @@ def each_on_its_own(batch: Batch, loss: str) -> Summed:
     return summed
 
 
-def weights_of(batch: Batch, micro_batches: Sequence[Pass]) -> Tensor:
+def weights_of(batch: Batch, micro_batches: Sequence[MicroBatch]) -> Tensor:
     places = {position: place for place, position in enumerate(batch.positions.tolist())}
     return batch.weights[[places[position] for mine, _ in micro_batches for position in mine.tolist()]]
 

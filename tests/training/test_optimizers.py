@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpocli.config.commands import TrainOptions
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.errors import UsageError
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training import eight_bit
@@ -26,7 +26,7 @@ needs_bitsandbytes = pytest.mark.filterwarnings("ignore:::bitsandbytes")
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Processes]:
-    with joined(torch.device("cpu"), even_alone=True) as processes:
+    with init_processes(torch.device("cpu"), even_alone=True) as processes:
         yield processes
 
 
@@ -40,17 +40,17 @@ def gradient(step: int, index: int, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(100 * step + index)) * 0.01
 
 
-def moved(optimizer: torch.optim.Optimizer, masters: list[nn.Parameter]) -> list[Tensor]:
+def moved(optimizer: torch.optim.Optimizer, master_weights: list[nn.Parameter]) -> list[Tensor]:
     """The weights after some steps by gradients of our own."""
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = RATE * (step + 1)  # set at every step, as training does
-        for index, parameter in enumerate(masters):
+        for index, parameter in enumerate(master_weights):
             local = gradient(step, index, parameter)
             parameter.grad = like(parameter, local)
         optimizer.step()
         optimizer.zero_grad()
-    return [whole(parameter.detach()).clone() for parameter in masters]
+    return [whole(parameter.detach()).clone() for parameter in master_weights]
 
 
 def like(parameter: Tensor, values: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def both(name: str, plain: Any, alone: Processes, **given: object) -> tuple[list
     ordinary = [parameter for _, parameter in copy.deepcopy(model).named_parameters()]
     policy = Policy(PairScorer(model), options(optimizer=name, **given), torch.float32, alone)
     ours = make_optimizer(policy, options(optimizer=name, **given))
-    return moved(ours, [parameter for _, parameter in policy.masters]), moved(plain(ordinary), ordinary)
+    return moved(ours, [parameter for _, parameter in policy.master_weights]), moved(plain(ordinary), ordinary)
 
 
 def test_fused_adamw_is_adamw(alone: Processes) -> None:
@@ -151,7 +151,7 @@ def test_the_bytes_that_a_plan_counts(name: str, alone: Processes) -> None:
     assert state_bytes(policy, options(optimizer=name)) == policy.num_parameters() * STATE_BYTES[name]
     if name != "adamw-8bit":  # which keeps small parameters in float32
         optimizer = make_optimizer(policy, options(optimizer=name))
-        moved(optimizer, [parameter for _, parameter in policy.masters])
+        moved(optimizer, [parameter for _, parameter in policy.master_weights])
         kept = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
         assert sum(value.numel() * value.element_size() for value in kept) == state_bytes(
             policy, options(optimizer=name)

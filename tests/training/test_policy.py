@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dpocli.config.commands import TrainOptions
 from dpocli.data.batch import PairBatch
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.model.save import Provenance, save_model
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy, decoder_layers
@@ -21,7 +21,7 @@ from tests.tiny_models import FAMILIES, build
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Processes]:
-    with joined(torch.device("cpu"), even_alone=True) as processes:
+    with init_processes(torch.device("cpu"), even_alone=True) as processes:
         yield processes
 
 
@@ -48,14 +48,14 @@ def test_forward_and_gradients_equal_a_plain_load(
     assert torch.equal(found.chosen, expected.chosen)
     assert torch.equal(found.rejected, expected.rejected)
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
-    for name, parameter in policy.masters:
+    for name, parameter in policy.master_weights:
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert torch.equal(parameter.grad.full_tensor(), gradients[name].float()), name
 
 
 def test_every_layer_is_a_unit_of_its_own() -> None:
     for family in FAMILIES:
-        assert len(decoder_layers(PairScorer(build(family)))) == 2, family
+        assert len(decoder_layers(build(family))) == 2, family
 
 
 def test_dropout_is_off_unless_it_is_asked_for(alone: Processes) -> None:
@@ -106,6 +106,6 @@ def test_the_saved_configuration_is_that_of_the_source(alone: Processes) -> None
 def test_measuring_is_without_dropout_even_where_training_keeps_it(alone: Processes) -> None:
     batch = PairBatch.of(random_pairs(3))
     policy = Policy(PairScorer(build("gpt2")), options(model_dropout=True), torch.float32, alone)
-    with policy.at_rest():
+    with policy.eval_mode():
         assert torch.equal(policy.scorer(batch).chosen, policy.scorer(batch).chosen)
     assert not torch.equal(policy.scorer(batch).chosen, policy.scorer(batch).chosen)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from dpocli.config.loss_expression import LossChoice
-from dpocli.console.console import Terminal
+from dpocli.console.console import Console
 from dpocli.training import monitor
-from dpocli.training.monitor import Narration
-from dpocli.training.run_stats import Account
+from dpocli.training.monitor import Monitor
+from dpocli.training.run_stats import RunStats
 from dpocli.training.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -29,15 +29,15 @@ class Clock:
 
 def test_seconds_add_up_over_starts() -> None:
     clock = Clock()
-    first = Account(CPU, clock)
+    first = RunStats(CPU, clock)
     with first.of("training"):
         clock.now += 5
     clock.now += 100
     with first.of("checkpoints"):
         clock.now += 1
     first.notes["step0"] = {"mean": 0.5}
-    second = Account(CPU, clock)
-    second.go_on(json.loads(json.dumps(first.to_json())))
+    second = RunStats(CPU, clock)
+    second.check_stop(json.loads(json.dumps(first.to_json())))
     with second.of("training"):
         clock.now += 2
     assert (second.seconds("training"), second.seconds_of_this_start("training")) == (7, 2)
@@ -46,15 +46,15 @@ def test_seconds_add_up_over_starts() -> None:
 
 
 def test_the_peak_of_a_start_before_counts() -> None:
-    account = Account(CPU)
+    account = RunStats(CPU)
     assert 1 << 20 < account.peak_bytes < 1 << 40
-    account.go_on(account.to_json() | {"peak_memory_bytes": 1 << 50})
+    account.check_stop(account.to_json() | {"peak_memory_bytes": 1 << 50})
     assert account.peak_bytes == 1 << 50
 
 
 def test_a_checkpoint_of_an_older_version_has_no_account() -> None:
-    account = Account(CPU)
-    account.go_on({})
+    account = RunStats(CPU)
+    account.check_stop({})
     assert account.starts == 1
 
 
@@ -74,7 +74,7 @@ def test_curves_are_drawn_now_and_then(
         loss=LossChoice.of("dpo"), schedule=Schedule(8, 2, 4, 0), processes=SimpleNamespace(is_first=True)
     )
     out = SimpleNamespace(path=tmp_path, metrics=SimpleNamespace(rows=list))
-    speaker = Narration(cast(Any, trainer), cast(Any, out), cast(Any, None), Terminal(), clock)
+    speaker = Monitor(cast(Any, trainer), cast(Any, out), cast(Any, None), Console(), clock)
     while clock.now < 1000:
         clock.now += 1
         speaker.draw()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dpocli.config.commands import TrainOptions
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
-from dpocli.distributed.processes import Processes, joined
+from dpocli.distributed.processes import Processes, init_processes
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training import token_budget
 from dpocli.training.policy import Policy
@@ -41,7 +41,7 @@ class View:
 
 @pytest.fixture(scope="module")
 def alone() -> Iterator[Processes]:
-    with joined(torch.device("cpu"), even_alone=True) as processes:
+    with init_processes(torch.device("cpu"), even_alone=True) as processes:
         yield processes
 
 
@@ -102,7 +102,7 @@ def test_the_budget_is_measured_on_pairs_of_the_data(policy: Policy) -> None:
     assert budget == int((SHARE * 1e8 - states - BASE) / PER_TOKEN) // STEP * STEP
     longest = int(view.sizes(Layout.SHARED).max())
     assert [tokens <= size < tokens + longest for tokens, size in zip((2048, *PROBED_TOKENS), sizes, strict=True)]
-    assert all(parameter.grad is None for _, parameter in policy.masters)
+    assert all(parameter.grad is None for _, parameter in policy.master_weights)
     after = policy.weights()
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -123,7 +123,7 @@ def test_a_probe_that_does_not_fit_leaves_the_smallest_budget(policy: Policy) ->
     set_token_budget(policy, View(pairs), options(), device)  # type: ignore[arg-type]
     assert policy.scorer.packing.token_budget == PROBED_TOKENS[0]
     assert sizes[-1] > 3_000
-    policy.gradient_of(token_budget.score(policy.scorer, pairs)[1].chosen.sum())  # it can go on
+    policy.outer_gradient(token_budget.score(policy.scorer, pairs)[1].chosen.sum())  # it can go on
 
 
 def test_several_processes_take_the_smallest(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
