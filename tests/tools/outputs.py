@@ -29,20 +29,21 @@ from tests.tools.outputs_files import plain_json, plain_text, recorded
 
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # where bad files are made
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 300
+PATIENCE = 600
 FAR_FUTURE = 4e9
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
 TREES = ("ref*", "shards", "run-*", "report-*")
 """Directories that the commands wrote."""
 
 BAD_INPUT_LOOP = """
-import contextlib, io, json, shutil, sys
+import contextlib, io, json, os, shutil, sys
 from dpocli.cli import run_command_line
 for line in json.load(sys.stdin):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = int(run_command_line(line))
-    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+    left = sorted(os.listdir("out")) if os.path.isdir("out") else []
+    print(json.dumps([code, out.getvalue(), err.getvalue(), left]), flush=True)
     shutil.rmtree("out", ignore_errors=True)
 """
 """In one process, since most of a refused command line is the import of the libraries."""
@@ -115,10 +116,10 @@ class Recording:
         results = [json.loads(line) for line in done.stdout.splitlines()]
         if len(results) < len(lines):
             raise SystemExit(f"The loop over bad input ended at {lines[len(results)]}:\n{done.stderr[-2000:]}")
-        kept = {
-            " ".join(line): {"exit code": code, "stdout": plain_text(out, self.places), "stderr": plain_text(err, self.places)}
-            for line, (code, out, err) in zip(lines, results, strict=True)
-        }  # fmt: skip
+        kept = {}
+        for line, (code, out, err, left) in zip(lines, results, strict=True):
+            said = {"stdout": plain_text(out, self.places), "stderr": plain_text(err, self.places)}
+            kept[" ".join(line)] = {"exit code": code, **said, "left in --out": left}
         self.write("bad_input.json", kept)
 
     def keep_files(self) -> None:

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.commands.bad_files import BAD_FILES, DATA
+from tests.commands.bad_files import BAD_FILES
 
 MODEL = "sample_data/tiny-model"
 TRAIN = "sample_data/train.jsonl"
@@ -158,10 +158,10 @@ train --model {MODEL} --reference ref --merge
 train --model {MODEL} --reference ref --router-aux-loss-coef 0.1
 train --model {MODEL} --reference ref --out ref
 train --model {MODEL} --reference ref --out sample_data/tiny-model
-train --model {MODEL} --reference ref-text
 train --model {MODEL} --data rows.jsonl
-train --config run-dpo/config.yaml --seed 3
-train --config run-dpo/config.yaml --max-steps 13
+train --config run-dpo/config.yaml --out run-dpo --seed 3
+train --config run-dpo/config.yaml --out run-dpo --max-steps 13
+train --config run-dpo/config.yaml --out run-dpo --beta 0.5
 train --config none.yaml
 train --config unknown-key.yaml
 train --config foreign-key.yaml
@@ -220,7 +220,7 @@ def make_bad_inputs(work: Path) -> list[list[str]]:
     content[len(content) // 2] ^= 0xFF
     part.write_bytes(content)
     (work / "bad").mkdir()
-    files = [(bad.make(work / "bad").relative_to(work), bad.options) for bad in BAD_FILES if bad.code >= DATA - 1]
+    files = [(bad.make(work / "bad").relative_to(work), bad.options) for bad in BAD_FILES if bad.code]
     lines = [line.split() for line in BAD_LINES]
     lines += [[*PRECOMPUTE.split(), "--data", str(path), *options] for path, options in files]
     return [line if "--out" in line or len(line) < 4 else [*line, "--out", "out"] for line in lines]

@@ -59,8 +59,10 @@ def plain_json(value: Any, places: dict[str, str], name: str = "") -> Any:
 def recorded(path: Path, places: dict[str, str]) -> Iterator[tuple[str, Any]]:
     """What is kept of a file: suffixes for its name, and text or what JSON can hold."""
     kind = path.suffix
-    if path.name.startswith(".") or kind == ".png":
-        yield ".exists", {"exists": True}
+    if path.name.startswith("."):
+        yield ".json", {"exists": True}
+    elif kind == ".png":
+        yield ".json", {"digest": digest(path.read_bytes())}
     elif kind == ".json":
         yield "", plain_json(json.loads(path.read_bytes()), places)
     elif kind == ".jsonl":
