@@ -17,14 +17,21 @@ VARYING = {
     *("host", "boot", "pid", "pid_started", "started", "heartbeat", "launch", "cpus", "device_name"),
     *("seconds", "unique_tokens_per_second", "fraction_of_flop_floor", "pairs_per_second", "tokens_per_second"),
     *("model_flop_utilisation", "peak_memory_bytes", "environment", "information"),
+    "run",  # a digest of absolute paths among others
 }
 """Names in JSON whose values say nothing of what was computed. Of objects the names within are kept."""
+
+_VARYING_LINE = re.compile(
+    rf"^({'|'.join(sorted(VARYING | {'dpocli', 'torch', 'transformers', 'python'}))})\n\d[\w.+]*$", re.MULTILINE
+)
+"""In the text of a page: such a name, and the number or version in the line below."""
 
 SHOWN_VALUES = 200
 """Columns of single values are kept in full up to so many rows, others as a digest."""
 
 PATTERNS = [
     (r"^[\w /.-]+: [\d,]+(/[\d,]+)? (pairs|rows|steps)( \(\d+%\)|, ).*left.*\n", ""),  # progress, every ten seconds
+    (r"^[^:\n]+: [\d,]+ (pairs|rows|steps), [\d.]+[kMG]? pairs/s.*\n", ""),  # the same where no total is known
     (r"^probe: .*\n", ""),
     (r"(?<= )(pairs|rows|steps) in \d+:\d\d(:\d\d)?", r"\1 in *"),
     (r"[\d.]+[kMG]? (pairs|tokens)/s", r"* \1/s"),
@@ -73,7 +80,7 @@ def recorded(path: Path, places: dict[str, str]) -> Iterator[tuple[str, Any]]:
     elif kind == ".safetensors":
         yield ".json", _tensors(path)
     elif kind == ".html":
-        yield ".txt", plain_text(_visible(path.read_text()), places)
+        yield ".txt", plain_text(_VARYING_LINE.sub(r"\1\n*", _visible(path.read_text())), places)
     else:
         yield ".txt", plain_text(path.read_text(), places)
 
@@ -98,7 +105,7 @@ def _column(column: pa.ChunkedArray) -> dict[str, Any]:
 
 def _tensors(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - the file is no mapping
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         metadata = file.metadata()
     shown = {
         name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} sum {tensor.double().sum().item()!r} "
