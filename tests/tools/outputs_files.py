@@ -106,7 +106,7 @@ def _column(column: pa.ChunkedArray) -> dict[str, Any]:
 def _tensors(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        metadata = file.metadata()
+        metadata = dict(sorted((file.metadata() or {}).items()))
     shown = {
         name: f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} sum {tensor.double().sum().item()!r} "
         + digest(tensor.contiguous().flatten().view(dtype=torch.uint8).numpy().tobytes())
