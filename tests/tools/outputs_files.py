@@ -37,6 +37,7 @@ PATTERNS = [
     (r"[\d.]+[kMG]? (pairs|tokens)/s", r"* \1/s"),
     (r"MFU [\d.]+%", "MFU *"),
     (r"memory [\d.]+ [KMG]iB", "memory *"),
+    (r"(zipped\.jsonl:1: column )\d+: byte 0x\w\w", r"\1*: byte *"),  # a zip archive begins with the time
     (r"took [\d.]+ s\b", "took * s"),
     (r"about \d+:\d\d(:\d\d)? of", "about * of"),
     (r"(dpocli|torch|transformers|version|Python|python):? v?\d+\.\d+[\w.+]*", r"\1 *"),
