@@ -20,8 +20,7 @@ from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 from dpocli.distributed.processes import Processes
 from dpocli.errors import DpoError
 from dpocli.evaluation.pair_table import PairTable
-from dpocli.report.html import FILE_NAME, PLOTS, write_html_report
-from dpocli.report.pair_plots import NAMES
+from dpocli.report.html import FILE_NAME, write_html_report
 from dpocli.report.tables import facts_of_cache
 from dpocli.report.token_heatmap import Showcase, ShownPair, ShownToken
 from dpocli.scoring.passes import reference_logps
@@ -64,6 +63,7 @@ def showcase(
 
 
 def write_page(
+    directory: Path,
     options: EvaluateOptions,
     report: Mapping[str, Any],
     table: PairTable,
@@ -71,29 +71,23 @@ def write_page(
     store: PairStore,
     console: Console,
 ) -> None:
-    """`report.html` and its plots, after the figures are safe: what fails in drawing them is said, and loses nothing.
+    """Write `report.html` and its plots; where they cannot be drawn, warn, since the figures are worth keeping.
 
     Raises:
-        DpoError: no room is left, or the like.
+        DpoError: the disk is full, or the like.
     """
     values = values_of(options)
     given = {key: values[key] for key in given_keys(options)}
     try:
         write_html_report(
-            options.out, report, table, shown, {"Options given": given, "Reference cache": facts_of_cache(store)}
+            directory, report, table, shown, {"Options given": given, "Reference cache": facts_of_cache(store)}
         )
     except DpoError:
         raise
     except Exception as error:
         console.warn(
-            f"{FILE_NAME} could not be made ({type(error).__name__}: {error}). metrics.json and pairs.parquet are whole."
+            f"{FILE_NAME} could not be made ({type(error).__name__}: {error}). metrics.json and pairs.parquet are written."
         )
-
-
-def remove_report(directory: Path) -> None:
-    """What an earlier evaluation left there: should this one fail, nobody takes that for its result."""
-    for name in ("metrics.json", "pairs.parquet", FILE_NAME, *(f"{PLOTS}/{name}.png" for name in NAMES)):
-        (directory / name).unlink(missing_ok=True)
 
 
 def ends(margins: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

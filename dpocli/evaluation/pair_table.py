@@ -64,7 +64,7 @@ class ScoredPairs:
         return cls(positions, about, logps.matrix().cpu().numpy(), wanted)
 
     @classmethod
-    def init_processes(cls, parts: Sequence["ScoredPairs"]) -> "ScoredPairs":
+    def joined(cls, parts: Sequence["ScoredPairs"]) -> "ScoredPairs":
         """All parts, in the order of the cache, whoever scored them."""
         positions = np.concatenate([part.positions for part in parts])
         order = np.argsort(positions, kind="stable")

@@ -26,7 +26,7 @@ from dpocli.evaluation.metrics import (
 )
 from dpocli.evaluation.pair_table import PairTable
 from dpocli.evaluation.slices import KEPT, slices
-from dpocli.run.files import write_atomically
+from dpocli.run.files import write_atomically, write_json
 
 FORMAT_VERSION = 2
 
@@ -170,7 +170,7 @@ def write_report(directory: Path, report: dict[str, Any], models: Sequence[Evalu
     write_atomically(
         directory / "pairs.parquet", lambda file: pq.write_table(pa.table(columns), file, compression="zstd")
     )
-    write_atomically(directory / "metrics.json", json.dumps(without_nan(report), indent=2) + "\n")
+    write_json(directory / "metrics.json", without_nan(report))
 
 
 SHARED = (
