@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from dpocli.cache.join import open_second
 from dpocli.cache.reader import PairStore
 from dpocli.cache.view import PairView
-from dpocli.commands.example_pairs import showcase, write_page
+from dpocli.commands.example_pairs import score_examples, write_page
 from dpocli.commands.finished_evaluation import finished_report, inputs_of, is_finished, write_results
 from dpocli.commands.gates import available_for, available_in, check_gates, judge_gates
 from dpocli.commands.models import EvaluatedModel, resolve_models
@@ -33,7 +33,7 @@ from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.load import dtype_name, pick_dtype
 from dpocli.objective.logps import LogpColumns
 from dpocli.report.terminal_table import render
-from dpocli.report.token_heatmap import Showcase
+from dpocli.report.token_heatmap import ExamplePairs
 from dpocli.run.directory import RunDirectory
 from dpocli.run.status import Outcome, StatusFile
 from dpocli.scoring.frozen import frozen_scorer
@@ -107,7 +107,7 @@ def _run(options: EvaluateOptions, console: Console) -> None:
 
         def write(directory: Path) -> None:
             write_report(directory, report, [result.evaluated for result in results])
-            write_page(directory, options, report, results[0].evaluated.table, results[0].shown, stores[0], console)
+            write_page(directory, options, report, results[0].evaluated.table, results[0].examples, stores[0], console)
 
         if processes.is_first:
             write_results(options.out, inputs, write)
@@ -158,7 +158,7 @@ class Result:
 
     evaluated: Evaluated
     throughput: dict[str, Any]
-    shown: Showcase
+    examples: ExamplePairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class EvaluateJob:
     processes: Processes
     console: Console
     check_stop: Callable[[], None]
-    num_shown: int
+    num_examples: int
     """Pairs with the lowest, and with the highest margins, of which the report shows every token."""
 
     def run(self) -> Result:
@@ -204,10 +204,12 @@ class EvaluateJob:
                 table, self.second, scored, losses[name], model.states[name], noise
             )
         compares = losses[name].ranked_by.spec.reward.log_ratio
-        shown = showcase(scorer, view, model.tokenizer, table, self.num_shown, team, against_reference=compares)
+        examples = score_examples(
+            scorer, view, model.tokenizer, table, self.num_examples, team, against_reference=compares
+        )
         provenance = model.provenance
         evaluated = Evaluated(model.name, table, losses, provenance.step, provenance.run, extra)
-        return Result(evaluated, throughput, shown)
+        return Result(evaluated, throughput, examples)
 
     def _score(self, scorer: PairScorer, columns: LogpColumns) -> tuple[ScoredPairs, dict[str, Any]]:
         options, store, processes = self.options, self.store, self.processes

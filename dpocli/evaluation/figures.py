@@ -83,7 +83,7 @@ FIGURES = (
            "Which answer the reference of the cache finds more likely itself."),
     Figure("pick_the_longer_accuracy", "accuracies pick_the_longer value", "share", True, None, "Picking the longer", "baseline; equal lengths count half",
            "A baseline without a model: right where the chosen answer has more tokens."),
-    Figure("over_length", "over_length value", "points", True, None, "Over length alone", "accuracy beyond that baseline",
+    Figure("over_length", "over_length value", "points", True, None, "Over length alone", "more than by length alone",
            "Points more than always picking the {rule} answer, pair by pair."),
     Figure("second_reference_reward_accuracy", "second_reference rewards/accuracies", "share", True, "rewards against the second reference",
            "Against the second reference", "reward accuracy", "Reward accuracy against {second}."),

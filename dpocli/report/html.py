@@ -18,7 +18,16 @@ from dpocli.report.pair_plots import report_plots
 from dpocli.report.plot_style import Plot
 from dpocli.report.sanitize import one_line, plain
 from dpocli.report.tables import figure_lines, gate_lines, loss_lines, made_lines, model_lines
-from dpocli.report.token_heatmap import Palette, Showcase, ShownPair, ShownToken, colored, folded, signed, strongest
+from dpocli.report.token_heatmap import (
+    ExamplePair,
+    ExamplePairs,
+    ExampleToken,
+    Palette,
+    colored,
+    folded,
+    signed,
+    strongest,
+)
 from dpocli.report.wording import between, headline, number, percent
 from dpocli.run.files import make_directory, write_atomically
 
@@ -26,14 +35,14 @@ Report = Mapping[str, Any]
 
 FILE_NAME, PLOTS = "report.html", "plots"
 
-NO_PAIRS = Showcase((), (), has_reference=True)
+NO_PAIRS = ExamplePairs((), (), has_reference=True)
 
 
 def write_html_report(
     directory: Path,
     report: Report,
     table: PairTable,
-    shown: Showcase = NO_PAIRS,
+    examples: ExamplePairs = NO_PAIRS,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Write `report.html` and `plots/*.png`.
@@ -42,7 +51,7 @@ def write_html_report(
         directory: of the report.
         report: as in `metrics.json`.
         table: the pairs of the first model.
-        shown: the pairs to show in full.
+        examples: the pairs to show in full.
         settings: more about how the report was made: heading → name → value.
     """
     plots = report_plots(report, table)
@@ -52,12 +61,14 @@ def write_html_report(
         with glyphs_may_miss():
             plot.figure.savefig(content, format="png", facecolor="white")
         write_atomically(directory / PLOTS / f"{plot.name}.png", content.getvalue())
-    write_atomically(directory / FILE_NAME, html_report(report, plots, shown, settings or {}))
+    write_atomically(directory / FILE_NAME, html_report(report, plots, examples, settings or {}))
 
 
-def html_report(report: Report, plots: list[Plot], shown: Showcase, settings: Mapping[str, Mapping[str, Any]]) -> str:
+def html_report(
+    report: Report, plots: list[Plot], examples: ExamplePairs, settings: Mapping[str, Mapping[str, Any]]
+) -> str:
     """The page."""
-    palette = Palette.of(shown)
+    palette = Palette.of(examples)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -73,13 +84,13 @@ def html_report(report: Report, plots: list[Plot], shown: Showcase, settings: Ma
             made=made_lines(report, settings),
             plots={plot.name: (inline_svg(plot), plot.caption) for plot in plots},
             palette=palette,
-            worst=[_in_page(pair, palette) for pair in shown.worst],
-            best=[_in_page(pair, palette) for pair in shown.best],
+            worst=[_in_page(pair, palette) for pair in examples.worst],
+            best=[_in_page(pair, palette) for pair in examples.best],
         )
     )
 
 
-def _in_page(pair: ShownPair, palette: Palette) -> dict[str, Any]:
+def _in_page(pair: ExamplePair, palette: Palette) -> dict[str, Any]:
     sides = (
         ("chosen", pair.chosen, pair.chosen_reward),
         ("rejected", pair.rejected, pair.rejected_reward),
@@ -99,7 +110,7 @@ def _in_page(pair: ShownPair, palette: Palette) -> dict[str, Any]:
     }
 
 
-def _strong(token: ShownToken) -> tuple[str, str]:
+def _strong(token: ExampleToken) -> tuple[str, str]:
     blank = token.text.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"})
     return token.text.strip() or blank, signed(token.log_ratio)
 

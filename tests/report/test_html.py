@@ -5,9 +5,9 @@ import re
 import pytest
 
 from dpocli.report.html import html_report, write_html_report
-from dpocli.report.token_heatmap import Showcase, ShownToken
+from dpocli.report.token_heatmap import ExamplePairs, ExampleToken
 from tests.html_pages import Page
-from tests.reports import made_up_pair, made_up_report, made_up_showcase, made_up_table
+from tests.reports import made_up_examples, made_up_pair, made_up_report, made_up_table
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -30,7 +30,7 @@ def report_directory(tmp_path_factory):
         "Options given": {"model": "run/model"},
         "Reference cache": {"fingerprint": "ab12", "settings": {"a": 1}},
     }
-    write_html_report(directory, made_up_report(table), table, made_up_showcase(), settings)
+    write_html_report(directory, made_up_report(table), table, made_up_examples(), settings)
     return directory
 
 
@@ -41,7 +41,7 @@ def page(report_directory):
 
 def page_of(report=None, shown=None, settings=None):
     """Without plots, which is fast."""
-    return Page(html_report(report or made_up_report(), [], shown or made_up_showcase(), settings or {}))
+    return Page(html_report(report or made_up_report(), [], shown or made_up_examples(), settings or {}))
 
 
 def assert_harmless(page):
@@ -114,9 +114,13 @@ def test_what_comes_from_data_stays_text(hostile):
     report["environment"] = {hostile: hostile}
     for entry in (*report["models"], *report["comparisons"]):
         entry |= {key: hostile for key in ("name", "model", "against") if key in entry}
-    tokens = (ShownToken(hostile, 0.5, True), ShownToken(hostile, float("nan"), True), ShownToken(hostile, 1.0, False))
+    tokens = (
+        ExampleToken(hostile, 0.5, True),
+        ExampleToken(hostile, float("nan"), True),
+        ExampleToken(hostile, 1.0, False),
+    )
     pair = made_up_pair(source=hostile, pair_id=hostile, prompt=hostile * 60, chosen=tokens, rejected=tokens * 150)
-    page = page_of(report, Showcase((pair,), (pair,), has_reference=True), {hostile: {hostile: hostile}})
+    page = page_of(report, ExamplePairs((pair,), (pair,), has_reference=True), {hostile: {hostile: hostile}})
     assert_harmless(page)
     usual = page_of()
     assert set(page.tags) <= set(usual.tags) | {"em"}
@@ -133,7 +137,7 @@ def test_what_is_wide_scrolls_by_itself_and_paths_break_between_their_parts(repo
     assert len(re.findall(r'<div class="wide">\s*<(?:table|svg)', html)) == html.count("<table") + html.count("<svg")
     assert "<bdi>run/<wbr>checkpoints/<wbr>step-100</bdi>" in html
     hostile = "a_b/\x00<b>&lt;/x"
-    page = html_report(made_up_report(model=hostile), [], made_up_showcase(), {})
+    page = html_report(made_up_report(model=hostile), [], made_up_examples(), {})
     assert "<bdi>a_<wbr>b/<wbr>⟨U+0000⟩&lt;b&gt;&amp;lt;/<wbr>x</bdi></h1>" in page
 
 
@@ -170,16 +174,16 @@ def test_figures_that_are_not_there_are_left_out(gone):
 
 
 def test_without_reference_tokens_show_log_probs():
-    pair = made_up_pair(chosen=(ShownToken("sure", -0.1, True), ShownToken(" odd", -9.0, True)))
-    text = page_of(shown=Showcase((pair,), (), has_reference=False)).text
+    pair = made_up_pair(chosen=(ExampleToken("sure", -0.1, True), ExampleToken(" odd", -9.0, True)))
+    text = page_of(shown=ExamplePairs((pair,), (), has_reference=False)).text
     assert "looks at no reference" in text
     assert "more likely" not in text.split("Worst and best pairs")[1]
 
 
 def test_long_texts_are_folded_and_lose_nothing():
     prompt = "A long story. " * 300
-    words = tuple(ShownToken(f" w{place}w", 0.1, True) for place in range(900))
-    page = page_of(shown=Showcase((made_up_pair(prompt=prompt, chosen=words),), (), has_reference=True))
+    words = tuple(ExampleToken(f" w{place}w", 0.1, True) for place in range(900))
+    page = page_of(shown=ExamplePairs((made_up_pair(prompt=prompt, chosen=words),), (), has_reference=True))
     assert page.tags.count("details") == 2
     whole = re.sub(r"\d+,?\d* more \w+", "", page.text)
     assert prompt in whole
@@ -187,10 +191,10 @@ def test_long_texts_are_folded_and_lose_nothing():
 
 
 def test_white_space_and_line_ends_are_seen_and_kept():
-    pair = made_up_pair(chosen=(ShownToken("a\n\tb", 0.1, True), ShownToken("  ", 0.2, True)))
-    assert "a↵\n⇥\tb  " in page_of(shown=Showcase((pair,), (), has_reference=True)).text
+    pair = made_up_pair(chosen=(ExampleToken("a\n\tb", 0.1, True), ExampleToken("  ", 0.2, True)))
+    assert "a↵\n⇥\tb  " in page_of(shown=ExamplePairs((pair,), (), has_reference=True)).text
 
 
 def test_no_pairs_to_show_is_no_section():
-    page = page_of(shown=Showcase((), (), has_reference=True))
+    page = page_of(shown=ExamplePairs((), (), has_reference=True))
     assert "pairs" not in page.ids
