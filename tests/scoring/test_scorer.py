@@ -236,3 +236,22 @@ def test_logits_that_are_kept_change_nothing(bytes_kept: int, monkeypatch: pytes
     for expected, *gradients in zip(torch.autograd.grad(plain, (hidden, weight)), found, again, strict=True):
         for gradient in gradients:
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["known", "own"])
+@pytest.mark.parametrize("layout", [Layout.SHARED, Layout.PACKED])
+def test_nothing_is_read_back_from_the_device(layout: Layout, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, whose tensors have no values: what would wait for a device to give one raises.
+
+    In the padded layout transformers itself looks for packed sequences.
+    """
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs an accelerator
+    scorer = PairScorer(build("llama-untied").to("meta"), collision=True)
+    scorer.head_kind = HeadKind.OWN if head == "own" else LogitMap()
+    scorer.lay_out(layout)
+    pairs = random_pairs(4, masked=True, reference=True)
+    batch = PairBatch.of(pairs)
+    logps = pair_logps(scorer(batch), batch, pairs, LogpColumns(reference=True, collision=True, tails=True))
+    assert {column.device.type for column in logps.columns().values()} == {"meta"}
+    (logps.policy_chosen.sum() - logps.policy_rejected.sum()).backward()
+    assert all(parameter.grad is not None for parameter in scorer.parameters())
