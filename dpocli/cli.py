@@ -7,7 +7,8 @@ import difflib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -173,25 +174,33 @@ def checked(arguments: Sequence[str]) -> list[str]:
     return [command, *_checked_flags(COMMANDS[command], arguments[1:])]
 
 
-def _checked_flags(model: type[Options], arguments: Sequence[str]) -> Iterator[str]:
-    options = options_of(model)
-    switches = {flag for option in options if option.is_switch for flag in option.flags} | {"--help", "-h"}
-    with_value = {option.flag for option in options if not option.is_switch} | {"--config"}
-    remaining = iter(arguments)
-    for argument in remaining:
+def _checked_flags(model: type[Options], arguments: Sequence[str]) -> list[str]:
+    """Raises UsageError with a line for every flag that is unknown or has no value."""
+    options = {flag: option for option in options_of(model) for flag in option.flags}
+    flags: list[str] = []
+    problems: list[str] = []
+    remaining = deque(arguments)
+    while remaining:
+        argument = remaining.popleft()
         name, equals, value = argument.partition("=")
         flag = name.replace("_", "-")
-        if flag in switches:
+        if flag in ("--help", "-h"):
+            flags.append(flag)
+        elif flag in options and options[flag].is_switch:
             if equals:
-                raise UsageError(f"{flag}: takes no value; write {flag} or leave it out.")
-            yield flag
-        elif flag in with_value:
-            if not equals:
-                value = next(remaining, "--")
-                if value.startswith("--"):
-                    raise UsageError(f"{flag}: needs a value ({flag}=VALUE if it begins with dashes).")
-            yield f"{flag}={value}"
+                problems.append(f"{flag}: takes no value; write {flag} or leave it out.")
+            flags.append(f"{options[flag].flag}={str(flag == options[flag].flag).lower()}")
+        elif flag in options or flag == "--config":
+            if not equals and (not remaining or remaining[0].startswith("--")):
+                problems.append(f"{flag}: needs a value ({flag}=VALUE if it begins with dashes).")
+            else:
+                flags.append(f"{flag}={value if equals else remaining.popleft()}")
         elif name.startswith("-"):
-            raise UsageError(f"{name}: {explain_unknown(name, model)}")
+            problems.append(f"{name}: {explain_unknown(name, model)}")
+            if not equals and remaining and not remaining[0].startswith("-"):
+                remaining.popleft()  # its value
         else:
-            raise UsageError(f"{argument}: belongs to no option; one that takes several values is repeated.")
+            problems.append(f"{argument}: belongs to no option; one that takes several values is repeated.")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return flags

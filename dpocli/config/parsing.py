@@ -1,13 +1,13 @@
-"""One declaration of the options (`config.models`) serves the flags, `--config FILE.yaml`, `--help` and `config.yaml`.
+"""Options from flags and a YAML file, and the `config.yaml` that reproduces them.
 
-Flags and YAML both arrive here as text and pydantic alone parses them: one place for bounds, one wording for errors.
+Flags and YAML both arrive as text, and pydantic alone parses them: one place for bounds, one wording for errors.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -15,21 +15,20 @@ from pydantic_core import ErrorDetails
 
 from dpocli import __version__
 from dpocli.config.commands import EvaluateOptions, TrainOptions
-from dpocli.config.flags import Option, explain_unknown, options_of
+from dpocli.config.flags import Option, OptionsModel, build_options, explain_unknown, given_keys, options_of, values_of
 from dpocli.config.loss_expression import names_in, numbers_of, text_of_terms
-from dpocli.config.options import ADAMW_SETTINGS, NEW_ADAPTER_SETTINGS, NUMBERS_OF_LOSSES, DataOptions, Options
+from dpocli.config.options import NUMBERS_OF_LOSSES, DataOptions, Options
+from dpocli.config.training_options import ADAMW_SETTINGS, LoraOptions
 from dpocli.errors import UsageError
 
 Text = str | bool | list[str]
 """A value as flags and YAML give it."""
 
-OptionsModel = TypeVar("OptionsModel", bound=Options)
-
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Published settings that come with the package: `--config recipes/NAME.yaml`."""
 
-COMMAND_LINE_ONLY = "as_json"
-"""How a result is printed says nothing about how it came about, so it does not stand in `config.yaml`."""
+COMMAND_LINE_ONLY = "json"
+"""How a result is printed does not change it, so this option is not in `config.yaml`."""
 
 EXPECTED: Mapping[str, str] = {
     "int_parsing": "must be a whole number",
@@ -54,15 +53,15 @@ def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) ->
 
     Args:
         model: which command's.
-        flags: field name → text; None where a flag was not given; `config` is the YAML file.
+        flags: key → text; None where a flag was not given; `config` is the YAML file.
 
     Raises:
         UsageError: something is missing, unknown or impossible; a line for each.
     """
     entries = {
-        option.field: _Entry(option, value, option.flag)
+        option.key: _Entry(option, value, option.flag)
         for option in options_of(model)
-        if (value := flags.get(option.field)) not in (None, [])
+        if (value := flags.get(option.key)) not in (None, [])
     }
     if (config := flags.get("config")) is not None:
         file = _read_yaml(_config_file(str(config)), model)
@@ -72,7 +71,7 @@ def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) ->
         if entry.value == "" or (isinstance(entry.value, list) and "" in entry.value):
             raise UsageError(f"{entry.place}: the value is empty (a shell variable that is not set?).")
     try:
-        options = model.model_validate({entry.option.key: entry.value for entry in entries.values()})
+        options = build_options(model, **{key: entry.value for key, entry in entries.items()})
     except ValidationError as error:
         told = [_describe(detail, model, entries) for detail in error.errors()]
         raise UsageError("\n".join(dict.fromkeys(told))) from error
@@ -96,10 +95,10 @@ def _texts(entries: Mapping[str, _Entry]) -> dict[str, Text]:
 
 def _check_loss(options: Options, entries: Mapping[str, _Entry]) -> None:
     """Raises UsageError where a loss is named that is none, or has not these numbers; what a file gives, by its place."""
-    if not isinstance(options, TrainOptions | EvaluateOptions) or not options.loss:
+    if not isinstance(options, TrainOptions | EvaluateOptions) or not options.loss.name:
         return
     try:
-        options.loss_choices()
+        options.loss.loss_choices()
     except UsageError as error:
         for entry in entries.values():
             flag, message = entry.option.flag, str(error)
@@ -110,18 +109,17 @@ def _check_loss(options: Options, entries: Mapping[str, _Entry]) -> None:
 
 def _describe(detail: ErrorDetails, model: type[Options], entries: Mapping[str, _Entry]) -> str:
     """One of pydantic's errors as a sentence that begins with where the value was given."""
-    options = {name: option for option in options_of(model) for name in (option.field, option.key)}
+    options = {option.key: option for option in options_of(model)}
     context = detail.get("ctx", {})
-    if not detail["loc"]:  # a validator of the whole model, which begins its message with the name of the field
-        name, _, what = str(context["error"]).partition(": ")
-        entry = entries.get(options[name].field)
-        return f"{entry.place if entry else options[name].flag}: {what}."
-    option = options[str(detail["loc"][0])]
+    if detail["type"] == "value_error":  # a validator of a section, whose message begins with the key
+        key, _, what = str(context["error"]).partition(": ")
+        return f"{entries[key].place if key in entries else options[key].flag}: {what}."
+    option = options[next(name for name in reversed(detail["loc"]) if isinstance(name, str))]
     if detail["type"] == "missing":
         return f"{option.flag}: missing; give the {(option.info.description or '').partition(';')[0]}."
     expected = EXPECTED.get(detail["type"])
     what = expected.format(**context, description=option.info.description) if expected else detail["msg"]
-    return f"{entries[option.field].place} {detail['input']}: {what}."
+    return f"{entries[option.key].place} {detail['input']}: {what}."
 
 
 def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
@@ -145,7 +143,7 @@ def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
         else:
             value = _yaml_value(value_node, options[key], place)
         if value is not None:
-            entries[options[key].field] = _Entry(options[key], value, place)
+            entries[key] = _Entry(options[key], value, place)
     return entries
 
 
@@ -205,8 +203,8 @@ def dump_yaml(options: Options, command: str) -> str:
 
     The defaults are written out below what was given, since those of a later version may be others.
     """
-    values = options.model_dump(mode="json", by_alias=True, exclude={COMMAND_LINE_ONLY}, exclude_none=True)
-    given = {option.key for option in options_of(type(options)) if option.field in options.model_fields_set}
+    values = {key: value for key, value in values_of(options).items() if value is not None and key != COMMAND_LINE_ONLY}
+    given = given_keys(options)
     return (
         f"# dpocli {command}, version {__version__}. To do the same again: dpocli {command} --config THIS_FILE\n"
         + _as_yaml({key: value for key, value in values.items() if key in given})
@@ -219,28 +217,31 @@ def _as_yaml(values: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)) if values else ""
 
 
-_ENCODING = frozenset(DataOptions.model_fields) - {"data", "scratch"}
+_ENCODING = frozenset(DataOptions.model_fields) - {"files", "scratch"}
 """Of --data alone: a cache holds encoded pairs."""
+
+_LORA = frozenset(f"lora_{name}" for name in LoraOptions.model_fields if name not in ("rank", "merge"))
+"""Describe the adapter that `--lora-rank` asks for."""
 
 ALTERNATIVES: tuple[tuple[tuple[str, frozenset[str]], ...], ...] = (
     (("warmup_ratio", frozenset()), ("warmup_steps", frozenset())),
     (("epochs", frozenset()), ("max_steps", frozenset())),
     (("reference", frozenset()), ("data", _ENCODING)),
     (("eval_reference", frozenset()), ("eval_fraction", frozenset())),
-    (("adapter", frozenset()), ("lora_rank", frozenset(NEW_ADAPTER_SETTINGS))),
+    (("adapter", frozenset()), ("lora_rank", _LORA)),
 )
 """Each a choice between options: the option, and what has a meaning with it alone."""
 
 
 def replaced(flags: Mapping[str, object], file: Mapping[str, object]) -> set[str]:
-    """The fields of a file that do not count any more.
+    """The keys of a file that are replaced by flags.
 
     A loss takes the numbers of the file's own loss with it, less those of a term that stays the first; where the file
     names none, its numbers are meant for any.
 
     Args:
-        flags: what was given on the command line: field → text.
-        file: what was given in the file: field → text.
+        flags: what was given on the command line: key → text.
+        file: what was given in the file: key → text.
     """
     gone: set[str] = set()
     for choice in ALTERNATIVES:
