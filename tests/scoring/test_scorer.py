@@ -224,7 +224,7 @@ def test_a_frozen_head_gives_the_values_and_gradients_of_a_trained_one(
 @pytest.mark.parametrize("bytes_kept", [0, 10**9])
 def test_logits_that_are_kept_change_nothing(bytes_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "CPU_TILE", (7, 13))
-    monkeypatch.setattr(head_module, "CPU_KEPT_BYTES", bytes_kept)
+    monkeypatch.setattr(head_module, "CPU_CACHED_BYTES", bytes_kept)
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
     targets = torch.randint(61, (20,))
