@@ -239,7 +239,7 @@ def test_a_model_that_cannot_share_is_scored_plainly_and_that_is_said(
     line = ("precompute", "--model", recurrent, "--data", TRAIN, "--limit", 4, "--out", tmp_path / "cache")
     result = dpocli(*line)
     assert result.code == 0, result.err
-    assert "Scoring is padded with sdpa; what is faster cannot be used here" in result.err
+    assert "Scoring is padded with sdpa; faster layouts cannot be used here" in result.err
     assert summary_of(tmp_path / "cache")["scoring"]["scoring"] == "padded"
 
 

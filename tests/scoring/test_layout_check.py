@@ -18,7 +18,7 @@ from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.errors import NumericsError, ResourceError, UsageError
 from dpocli.scoring import attention
-from dpocli.scoring.layout_check import NUM_DRAWN, TOKENS_ENOUGH, PairsInMemory, choose_layout, sample, window_of
+from dpocli.scoring.layout_check import MAX_TOKENS, NUM_DRAWN, PairsInMemory, choose_layout, sample, window_of
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy
 from tests.pairs import random_pairs
@@ -199,7 +199,7 @@ def test_models_with_a_memory_keep_a_row_for_each_side(
     assert outcome.layout is Layout.PADDED
     assert model.config._attn_implementation == own
     (said,) = outcome.said
-    assert ("layers with a memory" in said) is declared
+    assert ("recurrent layers" in said) is declared
     assert ("log-probs differ" in said) is not declared
 
 
@@ -234,7 +234,7 @@ def test_rows_in_which_pairs_notice_each_other_are_noticed(monkeypatch: pytest.M
     scorer.compute_dtype = torch.bfloat16
     outcome = settled(scorer)
     assert outcome.layout is Layout.PADDED
-    assert "shared: log-probs depend on what else stands in the row" in outcome.said[0]
+    assert "shared: log-probs depend on other pairs in the row" in outcome.said[0]
 
 
 def test_gradients_that_differ_are_noticed_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +537,7 @@ def test_a_single_pair_is_enough() -> None:
 
 @pytest.mark.parametrize("family", ["llama-tied", "mistral-window"])
 def test_long_pairs_are_cut_unless_a_window_ends_before_they_do(family: str) -> None:
-    half = TOKENS_ENOUGH // 2
+    half = MAX_TOKENS // 2
     sizes = [(half + 40, half + 3, 7), (5, 600, half)]
     found = drawn(family, sizes)
     whole = pairs_of(*sizes)
@@ -555,7 +555,7 @@ def test_a_window_that_no_pair_leaves_is_no_reason_to_try_long_ones() -> None:
     model.config.sliding_window = 5000
     pairs = pairs_of((600, 600, 3))
     (pair,) = sample(PairScorer(model), [PairsInMemory(pairs)], 0)
-    assert len(pair.prompt_ids) + len(pair.chosen_ids) == TOKENS_ENOUGH
+    assert len(pair.prompt_ids) + len(pair.chosen_ids) == MAX_TOKENS
 
 
 def test_a_cut_pair_scores_with_masks_and_reference_gone() -> None:
