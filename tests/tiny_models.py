@@ -1,8 +1,10 @@
 """Tiny models of the architectures that people align, made in code: no hub, no download."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import pytest
 import torch
+from _pytest.mark import ParameterSet
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -190,6 +192,17 @@ TRAPS: Mapping[str, Callable[[], PreTrainedModel]] = {
 """Rows of several pairs are easily wrong for the first of them; the others are there because people use them."""
 RECURRENT: Mapping[str, Callable[[], PreTrainedModel]] = {"mamba": mamba, "falcon-h1-hybrid": falcon_h1}
 """What came before in a row cannot be kept from what comes after."""
+
+
+FAST = {
+    "llama-tied", "qwen3-moe", "cohere-scaled", "gpt2", "gptj-biased", "mistral-window", "gemma2-window-softcap", "gpt-oss-sinks",
+}  # fmt: skip
+"""One family for each peculiarity: the others are tested by `make test-all`."""
+
+
+def families(names: Iterable[str]) -> list[ParameterSet]:
+    """Parameters of a test over architectures, of which those outside `FAST` are marked slow."""
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:

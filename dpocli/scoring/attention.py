@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from dpocli.scoring.block_mask import BlockMasks
 from dpocli.scoring.layout import Segment, TokenRows
@@ -75,7 +76,9 @@ def segment_attention(
     """
     row: CurrentRow = module._dpocli_row  # type: ignore[assignment]
     if row.block_masks is not None:
-        return row.block_masks.attention(module, query, key, value, dropout, scaling, options), None
+        mask = row.block_masks.of(options.get("sliding_window"))
+        output, _ = flex_attention_forward(module, query, key, value, mask, scaling=scaling, dropout=dropout, **options)
+        return output, None
     attend = _attend(module, dropout, scaling, options)
     # `split` concatenates the gradients of all pieces once; each slice would allocate a gradient of the whole row.
     sizes = [size for segment in row.segments for size in _piece_sizes(segment)]

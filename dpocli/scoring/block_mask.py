@@ -5,12 +5,12 @@ Built from the lengths of the segments, block by block, rather than by evaluatin
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -55,9 +55,10 @@ def try_kernel(model: PreTrainedModel, device: torch.device, dtype: torch.dtype,
         torch.randn(1, count, length, size, device=device, dtype=dtype, requires_grad=backward)
         for count in (heads, key_heads, key_heads)
     )
-    output = BlockMasks(segments, device).attention(model, query, key, value, 0.0, None, {})
+    mask = BlockMasks(segments, device).of(None)
+    output, _ = flex_attention_forward(model, query, key, value, mask)
     if backward:
-        output.float().sum().backward()  # type: ignore[no-untyped-call]
+        output.float().sum().backward()
     float(output.detach().float().sum())  # synchronizes: errors of CUDA kernels are asynchronous
 
 
@@ -117,36 +118,6 @@ class BlockMasks:
         offsets = per_token([span.start - span.position for span in self._spans])
         self._position = torch.arange(len(offsets), dtype=torch.int32, device=device) - offsets
         self._masks: dict[int | None, BlockMask] = {}
-
-    def attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        dropout: float,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """Compute attention over the row with transformers' FlexAttention, which handles soft caps and sinks.
-
-        Args:
-            module: the attention layer.
-            query: shape (1, heads, tokens, head size).
-            key: shape (1, key heads, tokens, head size).
-            value: shape (1, key heads, tokens, value size).
-            dropout: must be 0; FlexAttention has none.
-            scaling: of the scores.
-            options: further keywords of the layer, `sliding_window` among them.
-
-        Returns:
-            Shape (1, tokens, heads, value size).
-        """
-        mask = self.of(options.get("sliding_window"))
-        output: Tensor = flex_attention_forward(
-            module, query, key, value, mask, scaling=scaling, dropout=dropout, **options
-        )[0]
-        return output
 
     def of(self, window: int | None) -> BlockMask:
         """Mask of layers with this sliding window (tokens; None: unlimited), built on first use."""

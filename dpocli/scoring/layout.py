@@ -5,8 +5,8 @@ A *segment* is a stretch of a row that sees nothing outside itself. It has a *tr
 trunk, chosen and rejected are its branches. In the packed layout each side is a segment without a trunk.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -79,13 +79,7 @@ class TokenRows:
     @classmethod
     def of(cls, batch: PairBatch, layout: Layout) -> "TokenRows":
         """Lay out a batch, on the CPU."""
-        match layout:
-            case Layout.SHARED:
-                return _shared(batch)
-            case Layout.PACKED:
-                return _packed(batch)
-            case Layout.PADDED:
-                return _padded(batch)
+        return _padded(batch) if layout.pads else _one_row(batch, share_prompts=layout is Layout.SHARED)
 
     def to(self, device: torch.device) -> "TokenRows":
         """The same rows on `device`."""
@@ -131,60 +125,36 @@ class TokenRows:
         return columns < transfer(torch.tensor(self.lengths), columns.device)[:, None]
 
 
-@dataclass(slots=True)
-class _RowBuilder:
-    """Appends segments to one row."""
-
-    pieces: list[Tensor] = field(default_factory=list)
-    positions: list[Tensor] = field(default_factory=list)
-    segments: list[Segment] = field(default_factory=list)
-    predicting: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
-    """Indices in the row of the states that predict the chosen and the rejected tokens."""
-    length: int = 0
-
-    def add(self, segment: Segment, pieces: Sequence[Tensor], positions: Sequence[Tensor]) -> None:
-        self.segments.append(segment)
-        self.pieces += pieces
-        self.positions += positions
-        self.length += segment.size
-
-    def build(self, batch: PairBatch) -> TokenRows:
-        chosen, rejected = self.predicting
-        return TokenRows(
-            torch.cat(self.pieces)[None],
-            torch.cat([*chosen, *rejected]),
-            _targets(batch),
-            lengths=(self.length,),
-            position_ids=torch.cat(self.positions)[None],
-            segments=tuple(self.segments),
-        )
-
-
-def _shared(batch: PairBatch) -> TokenRows:
-    row = _RowBuilder()
-    of_chosen, of_rejected = row.predicting
-    for prompt, chosen, rejected in _pairs(batch):
-        trunk, start = len(prompt), row.length
-        end_of_chosen = trunk + len(chosen)
-        # The prompt's last state predicts the first token of both sides.
-        of_chosen.append(torch.arange(start + trunk - 1, start + end_of_chosen - 1))
-        of_rejected += [torch.tensor([start + trunk - 1]), torch.arange(len(rejected) - 1) + start + end_of_chosen]
-        row.add(
-            Segment(trunk, (len(chosen), len(rejected))),
-            [prompt, chosen, rejected],
-            [torch.arange(end_of_chosen), torch.arange(trunk, trunk + len(rejected))],
-        )
-    return row.build(batch)
-
-
-def _packed(batch: PairBatch) -> TokenRows:
-    row = _RowBuilder()
+def _one_row(batch: PairBatch, *, share_prompts: bool) -> TokenRows:
+    ids: list[Tensor] = []
+    positions: list[Tensor] = []
+    segments: list[Segment] = []
+    predicting: tuple[list[Tensor], list[Tensor]] = ([], [])
+    length = 0
     for prompt, *sides in _pairs(batch):
-        for side, predicting in zip(sides, row.predicting, strict=True):
-            length = len(prompt) + len(side)
-            predicting.append(torch.arange(row.length + len(prompt) - 1, row.length + length - 1))
-            row.add(Segment(0, (length,)), [prompt, side], [torch.arange(length)])
-    return row.build(batch)
+        for group in ((0, 1),) if share_prompts else ((0,), (1,)):
+            ids.append(prompt)
+            positions.append(torch.arange(len(prompt)))
+            end_of_prompt = length = length + len(prompt)
+            for which in group:
+                side = sides[which]
+                ids.append(side)
+                positions.append(torch.arange(len(prompt), len(prompt) + len(side)))
+                # The prompt's last state predicts the first token of both sides.
+                predicting[which].extend((torch.tensor([end_of_prompt - 1]), torch.arange(len(side) - 1) + length))
+                length += len(side)
+            branches = tuple(len(sides[which]) for which in group)
+            segments.append(
+                Segment(len(prompt), branches) if share_prompts else Segment(0, (len(prompt) + branches[0],))
+            )
+    return TokenRows(
+        torch.cat(ids)[None],
+        torch.cat([*predicting[0], *predicting[1]]),
+        torch.cat([batch.chosen_ids, batch.rejected_ids]),
+        lengths=(length,),
+        position_ids=torch.cat(positions)[None],
+        segments=tuple(segments),
+    )
 
 
 def _padded(batch: PairBatch) -> TokenRows:
@@ -198,7 +168,8 @@ def _padded(batch: PairBatch) -> TokenRows:
         for row, (prompt, _) in enumerate(sides)
     ]
     input_ids = nn.utils.rnn.pad_sequence([torch.cat(side) for side in sides], batch_first=True, padding_value=0)
-    return TokenRows(input_ids, torch.cat(predicting), _targets(batch), lengths)
+    targets = torch.cat([batch.chosen_ids, batch.rejected_ids])
+    return TokenRows(input_ids, torch.cat(predicting), targets, lengths)
 
 
 def _pairs(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -209,7 +180,3 @@ def _pairs(batch: PairBatch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         torch.split(batch.rejected_ids, list(batch.rejected_lengths)),
         strict=True,
     )
-
-
-def _targets(batch: PairBatch) -> Tensor:
-    return torch.cat([batch.chosen_ids, batch.rejected_ids])

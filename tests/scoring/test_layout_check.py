@@ -23,7 +23,7 @@ from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy
 from tests.pairs import random_pairs
 from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, WINDOW, build
+from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, WINDOW, build, families
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 LONG = ((20, 30, 25), (3, 4, 5), (1, 1, 1), (28, 2, 17))
@@ -116,7 +116,7 @@ class NoBackward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["scoring", "training"])
-@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *TRAPS) if family != "gptj-biased"])
+@pytest.mark.parametrize("family", families(family for family in (*FAMILIES, *TRAPS) if family != "gptj-biased"))
 def test_the_prompt_is_shared_where_that_is_exact_and_nothing_is_said(family: str, training: bool) -> None:
     model = build(family)
     outcome = settled(model, training=training)
