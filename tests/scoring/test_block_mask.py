@@ -29,17 +29,18 @@ WINDOWS = [None, 1, 7, BLOCK, BLOCK + 2, 2 * BLOCK - 1, 300]
 
 
 def naive(segments: tuple[Segment, ...], window: int | None) -> Tensor:
-    """Who sees whom, by walking from each token up its own sequence. Shape (tokens, tokens), bool."""
+    """Who sees whom, from the tokens of each sequence in order. Shape (tokens, tokens), bool."""
     size = sum(segment.size for segment in segments)
     seen = torch.zeros(size, size, dtype=torch.bool)
     start = 0
     for segment in segments:
-        trunk = list(range(start, start + segment.trunk))
+        trunk = torch.arange(start, start + segment.trunk)
         start += segment.trunk
         for length in segment.branches:
-            sequence = trunk + list(range(start, start + length))
-            for place, token in enumerate(sequence):
-                seen[token, sequence[max(0, place + 1 - (window or size)) : place + 1]] = True
+            sequence = torch.cat([trunk, torch.arange(start, start + length)])
+            place = torch.arange(len(sequence))
+            distance = place[:, None] - place
+            seen[sequence[:, None], sequence] |= (distance >= 0) & (distance < (window or size))
             start += length
     return seen
 
