@@ -12,14 +12,7 @@ from dpocli.data.preference import EncodedPair, TokenIds
 from dpocli.distributed.processes import Processes
 from dpocli.errors import DpoError, ResourceError, UsageError, is_out_of_memory
 from dpocli.scoring.block_mask import try_kernel
-from dpocli.scoring.passes import (
-    ScoredPass,
-    micro_batches,
-    pair_sizes,
-    release_cached_memory,
-    score,
-    score_splitting_if_needed,
-)
+from dpocli.scoring.passes import ScoredPass, micro_batches, pair_sizes, release_cached_memory, score, score_passes
 from dpocli.scoring.scorer import PairScorer
 
 OUT_OF_MEMORY = "out of memory"
@@ -200,7 +193,7 @@ class LayoutTrial:
         # Split only the padded layout outside training: in training all processes must make the same passes, and the trial
         # of another layout needs rows of several pairs.
         if self._scorer.packing.layout is Layout.PADDED and self._gradient is None:
-            yield from score_splitting_if_needed(self._scorer, pairs)
+            yield from score_passes(self._scorer, pairs)
             return
         for members in micro_batches(self._scorer, pairs):
             with torch.no_grad():

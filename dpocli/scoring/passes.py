@@ -44,9 +44,7 @@ def reference_logps(
     check_stop: Callable[[], None],
     team: Processes,
 ) -> list[EncodedPair]:
-    """Score pairs without gradient, and return them in the same order with `reference` set.
-
-    On one process, a pass that runs out of memory is split in two.
+    """Score pairs as `score_passes` does, and return them in the same order with `reference` set.
 
     Args:
         scorer: the model.
@@ -56,13 +54,8 @@ def reference_logps(
         team: the processes that share the passes.
     """
     passes: list[ScoredPass] = []
-    for scored_pass in (
-        score_splitting_if_needed(scorer, pairs, check_stop)
-        if team.count == 1
-        else _score_in_lockstep(scorer, pairs, check_stop, team)
-    ):
-        members, batch, _ = scored_pass
-        passes.append(scored_pass)
+    for members, batch, tokens in score_passes(scorer, pairs, check_stop, team):
+        passes.append((members, batch, tokens))
         progress.update(pairs=len(members) * team.count, tokens=batch.num_tokens * team.count)
     found: list[tuple[int, ReferenceLogps]] = []
     # Copied to the CPU at the end, so that no pass waits for the one before.
@@ -138,49 +131,46 @@ def my_passes(
         yield mine, view.load(mine) if members else []
 
 
-def score_splitting_if_needed(
-    scorer: PairScorer, pairs: Sequence[EncodedPair], check_stop: Callable[[], None] = lambda: None
+def score_passes(
+    scorer: PairScorer,
+    pairs: Sequence[EncodedPair],
+    check_stop: Callable[[], None] = lambda: None,
+    team: Processes | None = None,
 ) -> Iterator[ScoredPass]:
-    """Score all pairs without gradient; a micro-batch that runs out of memory is split in two."""
-    todo = micro_batches(scorer, pairs)[::-1]
+    """Score pairs without gradient.
+
+    Alone, a micro-batch that runs out of memory is split in two. Several processes share the pairs and make the same number
+    of passes, without splits.
+
+    Args:
+        scorer: the model.
+        pairs: the same ones on every process of the team.
+        check_stop: called before each pass.
+        team: the processes that share the passes; None: this one scores all of them.
+    """
+    num_processes, rank = (team.count, team.rank) if team else (1, 0)
+    todo = deal(pair_sizes(scorer.packing.layout, pairs), num_processes, scorer.packing)[rank][::-1]
     while todo:
         check_stop()
         members = todo.pop()
-        with torch.no_grad():
-            outcome = _score_if_it_fits(scorer, [pairs[index] for index in members])
-        if outcome is None:
-            half = len(members) // 2
-            todo += [members[half:], members[:half]]
+        try:
+            with torch.no_grad():
+                batch, tokens = score(scorer, [pairs[index] for index in members] or [FILLER])
+        except Exception as error:
+            if num_processes > 1 or len(members) == 1 or not is_out_of_memory(error):
+                raise
         else:
-            yield members, *outcome
-
-
-def _score_if_it_fits(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, TokenLogps] | None:
-    """None if several pairs run out of memory; a single pair raises."""
-    try:
-        return score(scorer, pairs)
-    except Exception as error:
-        if len(pairs) == 1 or not is_out_of_memory(error):
-            raise
-    # Outside the `except` block, where the error no longer references the tensors of the failed pass.
-    scorer.tally.splits += 1
-    release_cached_memory(scorer.device)
-    return None
+            if members:
+                yield members, batch, tokens
+            continue
+        # Outside the `except` block, where the error no longer references the tensors of the failed pass.
+        scorer.tally.splits += 1
+        release_cached_memory(scorer.device)
+        half = len(members) // 2
+        todo += [members[half:], members[:half]]
 
 
 def release_cached_memory(device: torch.device) -> None:
     """Return the allocator's fragments to the device after running out of memory. Not to be called in an `except` block."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _score_in_lockstep(
-    scorer: PairScorer, pairs: Sequence[EncodedPair], check_stop: Callable[[], None], team: Processes
-) -> Iterator[ScoredPass]:
-    """Score this process's share without gradient, in as many passes as every other process of the team."""
-    for members in deal(pair_sizes(scorer.packing.layout, pairs), team.count, scorer.packing)[team.rank]:
-        check_stop()
-        with torch.no_grad():
-            outcome = score(scorer, [pairs[index] for index in members] or [FILLER])
-        if members:
-            yield members, *outcome

@@ -24,11 +24,6 @@ from dpocli.scoring.layout import TokenCounter, TokenRows
 from dpocli.scoring.token_logps import TokenLogps
 
 
-def _halves(values: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    # Copies: distributed wrappers register hooks on a module's outputs, and a view could lose them.
-    return values[:split].clone(), values[split:].clone()
-
-
 @dataclass(frozen=True, slots=True)
 class RotaryLimit:
     """The row length from which a model changes its rotary frequencies, for all rows of the batch."""
@@ -86,7 +81,7 @@ class PairScorer(nn.Module):
         self.device = device or model.device
         self.is_blank = any(parameter.is_meta for parameter in model.parameters())
         """Whether the weights are not loaded yet."""
-        # Otherwise it is probed in the first forward pass, where sharded weights are gathered.
+        # A blank model is probed in its first forward pass: the weights may be sharded, and are gathered there.
         self.head_kind: HeadKind | LogitMap | None = None if self.is_blank else probe_head(model)
         self.rotary_limit = RotaryLimit.of(model)
         self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
@@ -147,10 +142,10 @@ class PairScorer(nn.Module):
             logps, collisions, router_loss = self._through_own_head(rows, rows_on_cpu.scored_columns())
         self.tally.add(batch, rows)
         split = len(batch.chosen_ids)
-        chosen, rejected = _halves(logps, split)
-        if collisions is None:
-            return TokenLogps(chosen, rejected, router_loss=router_loss)
-        return TokenLogps(chosen, rejected, *_halves(collisions, split), router_loss)
+        columns = (logps,) if collisions is None else (logps, collisions)
+        # Copies: distributed wrappers register hooks on a module's outputs, and a view could lose them.
+        sides = [side.clone() for column in columns for side in (column[:split], column[split:])]
+        return TokenLogps(*sides)._replace(router_loss=router_loss)
 
     def _rows(self, batch: PairBatch) -> TokenRows:
         layout = self.packing.layout
