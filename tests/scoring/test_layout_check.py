@@ -1,4 +1,4 @@
-"""The fastest way of scoring is taken where it gives the plain values; where it does not, the next one, and it is said why."""
+"""The fastest layout with the log-probs of the padded one is chosen; if it is not the first candidate, the reasons are logged."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +35,7 @@ Attention = Callable[..., Output]
 
 @dataclass
 class Settled:
-    """What came of it, and what was said."""
+    """The scorer after `choose_layout`, and the logged lines."""
 
     scorer: PairScorer
     said: list[str] = field(default_factory=list)
@@ -255,7 +255,7 @@ def test_an_error_in_the_fast_way_leads_to_the_next_one(monkeypatch: pytest.Monk
         settled(build("llama-tied"), asked="shared")
 
 
-def test_an_error_without_words_is_told_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_is_named_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     altered(monkeypatch, raising(NotImplementedError()))
     assert "shared: NotImplementedError: ; packed: NotImplementedError: " in settled(build("llama-tied")).said[0]
 
@@ -503,7 +503,7 @@ def test_a_refused_way_leaves_no_trace_in_the_first_step(
 
 
 def test_a_backward_pass_that_fails_ends_the_run(group: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sharded module would leave gradients out for the rest of the run, without a word."""
+    """The sharded module would silently leave out gradients for the rest of the run."""
     altered(monkeypatch, failing_backward)
     policy = policy_of("llama-tied", group)
     with pytest.raises(
@@ -558,7 +558,7 @@ def test_a_window_that_no_pair_leaves_is_no_reason_to_try_long_ones() -> None:
     assert len(pair.prompt_ids) + len(pair.chosen_ids) == MAX_TOKENS
 
 
-def test_a_cut_pair_scores_with_masks_and_reference_gone() -> None:
+def test_a_cut_pair_has_no_masks_and_no_reference() -> None:
     pairs = random_pairs(4, longest=10, masked=True, reference=True)
     scorer = PairScorer(build("llama-tied"))
     tried = sample(scorer, [PairsInMemory(pairs)], 0)

@@ -180,7 +180,7 @@ def test_the_routers_loss_is_the_models_own() -> None:
 
 
 def test_frequencies_that_depend_on_the_length_do_not_leak_to_other_rows() -> None:
-    """A long row changes them for its whole batch; each row must be scored with those of its own length."""
+    """A long row changes them for its whole batch; each row must be scored with the frequencies of its own length."""
     model = length_dependent("longrope")
     pairs = random_pairs(12, longest=14)
     assert {pair.num_tokens_longer > 16 for pair in pairs} == {True, False}

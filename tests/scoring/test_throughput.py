@@ -36,7 +36,7 @@ def _short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("family", ["llama-untied", "llama-tied"])
 def test_the_flops_of_a_llama_are_those_worked_out_by_hand(family: str, layout: Layout) -> None:
-    """Whatever the layout computes on top, and whoever owns the head's weight."""
+    """In every layout, with tied and untied heads."""
     scorer = PairScorer(build(family))
     scorer.lay_out(layout)
     forward = 2 * 2 * LLAMA_LAYER * UNIQUE + ATTENTION_FLOPS + HEAD_FLOPS
