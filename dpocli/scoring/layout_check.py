@@ -59,7 +59,7 @@ def choose_layout(
     pairs: Sequence[EncodedPair],
     asked: str,
     processes: Processes,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     gradient: Gradient | None = None,
     *,
     dropout: bool = False,
@@ -71,7 +71,7 @@ def choose_layout(
         pairs: to compare layouts on, the same on every process (`sample`).
         asked: `auto`, or the layout that the user forces.
         processes: all of them choose the same layout.
-        say: receives one line if a faster layout was rejected, with the reasons.
+        log: receives one line if a faster layout was rejected, with the reasons.
         gradient: in training, to compare gradients as well.
         dropout: whether dropout will be active, which FlexAttention does not support.
 
@@ -103,8 +103,8 @@ def choose_layout(
                 f"--scoring {asked} is wrong for this model ({'; '.join(rejected)}). Use --scoring auto."
             )
     if rejected:
-        chosen = " with ".join(scorer.way.values())
-        say(f"Scoring is {chosen}; faster layouts cannot be used here ({'; '.join(rejected)}).")
+        chosen = " with ".join(scorer.layout_info.values())
+        log(f"Scoring is {chosen}; faster layouts cannot be used here ({'; '.join(rejected)}).")
 
 
 def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[EncodedPair]:

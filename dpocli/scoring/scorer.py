@@ -110,7 +110,7 @@ class PairScorer(nn.Module):
         self.uses_flex = flex and not layout.pads
 
     @property
-    def way(self) -> dict[str, str]:
+    def layout_info(self) -> dict[str, str]:
         """Layout and attention, as recorded beside the values. They affect speed only."""
         attention_of_rows = "flex_attention" if self.uses_flex else "segments"
         layout = self.packing.layout
@@ -239,4 +239,4 @@ def environment(device: torch.device, scorer: PairScorer | None = None) -> dict[
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-    } | (scorer.way if scorer else {})
+    } | (scorer.layout_info if scorer else {})

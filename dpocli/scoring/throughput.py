@@ -49,7 +49,7 @@ class Throughput:
     def summary(self) -> dict[str, Any]:
         """Layout, attention, tokens and seconds of this process, for `summary.json`."""
         tally = self._tally
-        facts: dict[str, Any] = dict(self._scorer.way)
+        facts: dict[str, Any] = dict(self._scorer.layout_info)
         if not tally.unique or not self._seconds:
             return facts
         return facts | {

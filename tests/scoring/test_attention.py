@@ -135,7 +135,7 @@ def test_the_models_own_attention_comes_back_with_the_padded_layout(family: str)
             }
         scorer.lay_out(Layout.PADDED)
         after = scorer(PairBatch.of(random_pairs(3)))
-    assert scorer.way == {"scoring": "padded", "attention": own}
+    assert scorer.layout_info == {"scoring": "padded", "attention": own}
     assert torch.equal(before.chosen, after.chosen)
 
 

@@ -251,7 +251,7 @@ def test_flex_attention_gives_the_values_of_attention_by_segment(
         found = scorer(batch)
     assert all(length % 128 == 0 for mask in uncompiled for length in mask.seq_lengths)
     assert len({id(mask) for mask in uncompiled}) == (2 if family.startswith("gemma") else 1)
-    assert scorer.way == {"scoring": str(layout), "attention": "flex_attention"}
+    assert scorer.layout_info == {"scoring": str(layout), "attention": "flex_attention"}
     torch.testing.assert_close(found.chosen, expected.chosen, **BATCHING_TOLERANCE)
     torch.testing.assert_close(found.rejected, expected.rejected, **BATCHING_TOLERANCE)
 

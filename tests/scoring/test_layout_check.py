@@ -122,7 +122,7 @@ def test_the_prompt_is_shared_where_that_is_exact_and_nothing_is_said(family: st
     outcome = settled(model, training=training)
     assert outcome.layout is Layout.SHARED
     assert outcome.said == []
-    assert outcome.scorer.way == {"scoring": "shared", "attention": "segments"}
+    assert outcome.scorer.layout_info == {"scoring": "shared", "attention": "segments"}
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
