@@ -9,7 +9,6 @@ from dpocli.model.hashing import (
     HashMemory,
     code_hashes,
     digest_json,
-    file_hash,
     json_object,
     meaningful_config,
     weights_hashes,
@@ -65,7 +64,7 @@ class ModelFiles:
         adapter = None
         if self.adapter:
             adapter = {
-                "weights": file_hash(self.adapter / ADAPTER_WEIGHTS, memory),
+                "weights": memory.sha256(self.adapter / ADAPTER_WEIGHTS),
                 "config": _meaning(adapter_config(self.adapter)),
             }
         return ModelIdentity(

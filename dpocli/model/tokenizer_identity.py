@@ -68,26 +68,26 @@ class TokenizerIdentity:
 
     def id_differences(self, other: "TokenizerIdentity") -> list[str]:
         """Where the two give different ids for the same text, or different text for the same ids."""
-        names = {
-            "vocabulary": "vocabulary",
-            "model": "model",
-            "merges": "merges",
-            "normalizer": "normalizer",
-            "pre_tokenizer": "pre-tokenizer",
-            "added_tokens": "added tokens",
-        }
-        differ = [
-            f"tokenizer: {name} differs" for key, name in names.items() if getattr(self, key) != getattr(other, key)
-        ]
-        return [f"tokenizer: {line}" for line in changes("ids", self.num_ids, other.num_ids)] + differ
+        return changes("tokenizer", self._parts(), other._parts())
 
     def use_differences(self, other: "TokenizerIdentity") -> list[str]:
         """Where texts or conversations become different input although the ids mean the same."""
-        keys = ("affixes", "bos_token_id", "eos_token_id")
-        differ = [
-            f"tokenizer: {line}" for key in keys for line in changes(key, getattr(self, key), getattr(other, key))
-        ]
-        return differ + _template_differences(self.chat_template, other.chat_template)
+        before, after = (
+            {"affixes": each.affixes, "bos_token_id": each.bos_token_id, "eos_token_id": each.eos_token_id}
+            for each in (self, other)
+        )
+        return changes("tokenizer", before, after) + _template_differences(self.chat_template, other.chat_template)
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "ids": self.num_ids,
+            "vocabulary": self.vocabulary,
+            "model": self.model,
+            "merges": self.merges,
+            "normalizer": self.normalizer,
+            "pre-tokenizer": self.pre_tokenizer,
+            "added tokens": self.added_tokens,
+        }
 
 
 def compare_tokenizer(stored: TokenizerIdentity, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:

@@ -88,4 +88,4 @@ def check_base(files: ModelFiles) -> None:
 @cache
 def _hashes_of_the_run(path: Path) -> HashMemory:
     """What a run noted; several of its checkpoints may be looked at."""
-    return HashMemory(path, is_kept=False)
+    return HashMemory(path)
