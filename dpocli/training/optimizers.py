@@ -22,12 +22,12 @@ def make_optimizer(policy: Policy, options: TrainOptions) -> torch.optim.Optimiz
     """
     parameters = [parameter for _, parameter in policy.master_weights]
     adam: dict[str, Any] = {
-        "lr": options.learning_rate or 0.0,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_epsilon,
-        "weight_decay": options.weight_decay,
+        "lr": options.optimizer.learning_rate or 0.0,
+        "betas": (options.optimizer.adam_beta1, options.optimizer.adam_beta2),
+        "eps": options.optimizer.adam_epsilon,
+        "weight_decay": options.optimizer.weight_decay,
     }
-    match options.optimizer:
+    match options.optimizer.name:
         case "adamw":
             # One kernel instead of a dozen passes over memory. It rounds as one, so the last digit may be another than that
             # of torch's loop over parameters (measured: 1.5e-8 after 5 steps at a rate of 1e-3).
@@ -46,7 +46,7 @@ def state_bytes(policy: Policy, options: TrainOptions) -> float:
     """What the optimizer will remember on this process, in bytes."""
     parameters = [parameter for _, parameter in policy.master_weights]
     mine = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)
-    return mine * STATE_BYTES[options.optimizer]
+    return mine * STATE_BYTES[options.optimizer.name]
 
 
 def _counters_beside_parameters(optimizer: torch.optim.Optimizer, *_: object) -> None:

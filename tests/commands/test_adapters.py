@@ -97,7 +97,7 @@ def test_another_adapter_is_another_reference(dpocli: Run, run: Path, adapted_ca
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 16, "--out", adapted_cache)
     changed = dpocli(*line, "--adapter", other)
     assert changed.code == 4
-    assert re.search(r"adapter: weights: \w+", changed.err)
+    assert "adapter: weights differs" in changed.err
     assert dpocli(*line).code == 4
 
 
