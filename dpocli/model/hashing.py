@@ -1,10 +1,10 @@
-"""What a model directory holds, by content: hashes of the weights files, remembered, and `config.json`."""
+"""Hashes of a model's files, remembered between starts, and differences between two recorded values."""
 
 import hashlib
 import json
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,19 +24,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SETTLED_SECONDS = 2.0
 """A file written so recently can change again without its modification time showing it."""
 
-_CONFIG_WITHOUT_MEANING = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
+_NO_MEANING = {
+    *("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
 }
-"""Where a model came from, how it was saved and how it is run: none of it decides what it computes in a given dtype."""
+"""Fields of `config.json` that say where a model came from, how it was saved and how it is run, and change no value."""
 
 
 def canonical_json(value: Any) -> str:
@@ -125,36 +117,46 @@ def code_hashes(model_dir: Path) -> dict[str, str]:
         return {path.name: sha256_of_file(path) for path in sorted(model_dir.glob("*.py"))}
 
 
-def json_object(path: Path, mend: str) -> dict[str, Any]:
-    """A file that has to hold a JSON object; else UsageError, which ends with what mends it."""
+def json_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object of a file. Raise UsageError, which ends with `fix`, where the file has none."""
     with translating_file_errors(f"Reading {path}"):
         content = path.read_bytes()
     try:
         value = json.loads(content)
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}). {mend}") from None
+        raise UsageError(f"{path} is not JSON ({error}). {fix}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object. {mend}")
+        raise UsageError(f"{path} holds no JSON object. {fix}")
     return value
 
 
 def meaningful_config(model_dir: Path) -> dict[str, Any]:
-    """`config.json` less the fields that say where the model came from and how it was saved, at every depth.
+    """`config.json` without the fields that change no value, at every depth.
 
     Raises:
         UsageError: there is no such file, or it is no JSON object.
     """
-    config = json_object(model_dir / "config.json", "Fetch or save the model again.")
-    return {name: _without(value) for name, value in config.items() if name not in _CONFIG_WITHOUT_MEANING}
+    config: dict[str, Any] = _meaning(json_object(model_dir / "config.json", "Fetch or save the model again."))
+    return config
+
+
+def _meaning(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _meaning(item) for name, item in value.items() if name not in _NO_MEANING}
+    return [_meaning(item) for item in value] if isinstance(value, list) else value
 
 
 def weights_files(model_dir: Path) -> list[str]:
-    """Names, sorted; the choice between a single file and an index as transformers makes it."""
+    """Names of the weights files, sorted. A single file goes before an index, as in transformers.
+
+    Raises:
+        UsageError: there are none, or one of them is missing.
+    """
     if (model_dir / "model.safetensors").exists():
         return ["model.safetensors"]
     index = read_json(model_dir / "model.safetensors.index.json")
     listed = index.get("weight_map") if isinstance(index, dict) else None
-    names: Iterable[str] = (
+    names = (
         map(str, listed.values())
         if isinstance(listed, Mapping)
         else (path.name for path in model_dir.glob("*.safetensors"))
@@ -172,14 +174,8 @@ def weights_files(model_dir: Path) -> list[str]:
     return found
 
 
-def _without(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without(item) for name, item in value.items() if name not in _CONFIG_WITHOUT_MEANING}
-    return [_without(item) for item in value] if isinstance(value, list) else value
-
-
 def content_differences(old: Sequence[ContentPart], new: Sequence[ContentPart]) -> list[str]:
-    """Of the data files: by content and order, never by name."""
+    """Differences between lists of data files, by content and order, never by name."""
     before, after = [(part.sha256, part.num_rows) for part in old], [(part.sha256, part.num_rows) for part in new]
     if before == after:
         return []
