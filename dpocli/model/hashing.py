@@ -31,14 +31,10 @@ _NO_MEANING = {
 """Fields of `config.json` that say where a model came from, how it was saved and how it is run, and change no value."""
 
 
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
 def digest_json(value: Any) -> str:
-    """sha256 of a value's canonical JSON, 64 hexadecimal digits."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 of a value's JSON with sorted keys and no spaces: equal for equal values, 64 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class HashMemory:
