@@ -681,6 +681,21 @@ def test_a_refused_start_of_what_is_not_finished_is_recorded(state: str, ref: Pa
         assert (status["state"], status["exit_code"]) == ("failed", code)
 
 
+@pytest.mark.parametrize("asked", ["dry_run: true", "verify: 3"])
+def test_a_look_that_a_file_asks_for_is_not_recorded(asked: str, ref: Path, tmp_path: Path, dpocli: Run) -> None:
+    by_another_process(ref)
+    path = ref / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "preempted"}))
+    before = everything(ref)
+    (config := tmp_path / "config.yaml").write_text(f"out: {ref}\nmodel: nowhere\ndata: [{TRAIN}]\n")
+    for more, is_recorded in ((asked, False), ("limit: 9", True)):
+        config.write_text(
+            config.read_text() + more + "\n" if not is_recorded else config.read_text().replace(asked, more)
+        )
+        assert_refused(dpocli("precompute", "--config", config), USAGE, "nowhere")
+        assert (everything(ref) != before) == is_recorded
+
+
 def test_a_killed_writer_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
     """As in containers whose first process waits for nobody."""
     script = (
