@@ -97,4 +97,4 @@ def check_base(files: ModelFiles) -> None:
 @cache
 def _hashes_of_the_run(path: Path) -> HashMemory:
     """Hashes recorded by a run, read once for all its checkpoints."""
-    return HashMemory(path, is_kept=False)
+    return HashMemory(path)
