@@ -110,8 +110,8 @@ def test_a_file_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "recipes").mkdir()
     (tmp_path / recipe("tulu-3-8b")).write_text("beta: 7\n")
     given = {"model": "m", "out": "o", "reference": "r"}
-    assert load_options(TrainOptions, given | {"config": recipe("tulu-3-8b")}).beta == 7
-    assert load_options(TrainOptions, given | {"config": recipe("zephyr-7b-beta")}).beta == 0.01
+    assert load_options(TrainOptions, given | {"config": recipe("tulu-3-8b")}).loss.beta == 7
+    assert load_options(TrainOptions, given | {"config": recipe("zephyr-7b-beta")}).loss.beta == 0.01
 
 
 def test_a_misspelled_recipe(tmp_path: Path, dpocli: Run) -> None:
