@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,16 @@ from dpocli.console.progress import Progress
 from dpocli.distributed.launch import pick_device
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.distributed.signals import StopFlag
-from dpocli.errors import NumericsError, PreemptedError, UsageError, mark_recorded
+from dpocli.errors import NumericsError, PreemptedError, UsageError
 from dpocli.evaluation.pair_table import PairTable, ScoredPairs
 from dpocli.evaluation.report import Evaluated, report_of, write_report
 from dpocli.evaluation.second_reference import add_second_reference
-from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.load import dtype_name, pick_dtype
 from dpocli.objective.logps import LogpColumns
 from dpocli.report.terminal_table import render
 from dpocli.report.token_heatmap import ExamplePairs
 from dpocli.run.directory import RunDirectory
-from dpocli.run.status import Outcome, StatusFile
+from dpocli.run.status import Outcome, StatusFile, new_status
 from dpocli.scoring.frozen import frozen_scorer
 from dpocli.scoring.layout_check import choose_layout, sample
 from dpocli.scoring.passes import FILLER, my_passes, score, token_budget
@@ -50,15 +49,6 @@ PAIRS_AT_ONCE = 4096
 
 def run(options: EvaluateOptions, console: Console) -> None:
     """Score the pairs with each model and report the figures; a finished evaluation is printed again, never replaced."""
-    try:
-        _run(options, console)
-    except BaseException as error:
-        if is_finished(options.out):
-            mark_recorded(error)  # a refused command writes nothing, status.json included
-        raise
-
-
-def _run(options: EvaluateOptions, console: Console) -> None:
     device = pick_device(options.device, options.launcher)
     models = resolve_models(options)
     for model in models:
@@ -82,8 +72,7 @@ def _run(options: EvaluateOptions, console: Console) -> None:
         out.write_config(options)
         digests = [store.fingerprint.digest for store in stores]
         second_digest = [second.fingerprint.digest] if second else []
-        memory = HashMemory(options.out / HASH_MEMORY_NAME)
-        inputs = processes.first_does(lambda: inputs_of(options, models, digests, second_digest, memory))
+        inputs = processes.first_does(lambda: inputs_of(options, models, digests, second_digest))
 
         def check_stop() -> None:
             if processes.any(bool(stop) or out.stop_requested()):
@@ -117,17 +106,16 @@ def _run(options: EvaluateOptions, console: Console) -> None:
 
 
 def _print_again(options: EvaluateOptions, models: Sequence[EvaluatedModel], console: Console) -> None:
-    """Print the finished report, judged by the gates given now; `status.json` gets the outcome where it is another."""
+    """Print the finished report, judged by the gates given now. `status.json` is written only for another outcome."""
     report = finished_report(options, models)
     report.pop("requirements", None)
     check_gates(options.gates, models, available_in(report))
     failed = judge_gates(options.gates, report)
     console.result(report, lambda printer: render(printer, report))
-    status = StatusFile(options.out).read()
-    if console.rank == 0 and (status is None or status.exit_code != Outcome.of(failed).exit_code):
-        with RunDirectory(options.out, "evaluate", say=console.say):
-            if failed:
-                raise failed
+    file, outcome = StatusFile(options.out), Outcome.of(failed)
+    status = file.read()
+    if console.rank == 0 and not (status and (status.is_alive or status.exit_code == outcome.exit_code)):
+        file.write(replace(new_status("evaluate"), **asdict(outcome)))
     if failed:
         raise failed
 

@@ -41,26 +41,21 @@ def finished_report(options: EvaluateOptions, models: Sequence[EvaluatedModel]) 
     Raises:
         UsageError: it was made of something else, or cannot be read.
     """
+    second = _digests_of_cache(options.second_reference)
+    now = inputs_of(options, models, _digests_of_pairs(options, models), second)
     report, before = read_json(options.out / METRICS), read_json(options.out / INPUTS)
-    if not isinstance(report, dict) or not isinstance(before, dict):
-        unreadable = INPUTS if isinstance(report, dict) else METRICS
-        raise UsageError(
-            f"--out {options.out}: it holds a finished evaluation, but {unreadable} is missing or damaged, so it cannot be "
-            "compared with this one. Give another directory."
-        )
-    now = inputs_of(
-        options,
-        models,
-        _digests_of_pairs(options, models),
-        _digests_of_cache(options.second_reference),
-        HashMemory(options.out / HASH_MEMORY_NAME, is_kept=False),
+    if isinstance(report, dict) and isinstance(before, dict) and before.keys() >= now.keys():
+        if found := _differences(before, now):
+            raise UsageError(
+                f"--out {options.out}: it holds a finished evaluation with other settings or inputs ({'; '.join(found)}). "
+                "Give another directory."
+            )
+        return report
+    damaged = INPUTS if isinstance(report, dict) else METRICS
+    raise UsageError(
+        f"--out {options.out}: it holds a finished evaluation, but {damaged} is missing or damaged, so it cannot be compared "
+        "with this one. Give another directory."
     )
-    if found := _differences(before, now):
-        raise UsageError(
-            f"--out {options.out}: it holds a finished evaluation with other settings or inputs ({'; '.join(found)}). Give "
-            "another directory."
-        )
-    return report
 
 
 def inputs_of(
@@ -68,23 +63,25 @@ def inputs_of(
     models: Sequence[EvaluatedModel],
     pairs: Sequence[str],
     second: Sequence[str],
-    memory: HashMemory,
 ) -> dict[str, Any]:
-    """Name everything that decides the figures of an evaluation: what `inputs.json` holds.
+    """Name everything that decides an evaluation: the content of `inputs.json`.
 
     Args:
         options: of the command.
         models: of `--model`.
         pairs: digests of the fingerprints of their pairs; empty where the files were deleted since.
         second: the digest of the second reference's cache, likewise.
-        memory: of the hashes of weights.
     """
+    memory = HashMemory(options.out / HASH_MEMORY_NAME)
+    content = {_place(model.name): model.digests(memory) for model in models}
+    if not is_finished(options.out):
+        memory.save()
     values = values_of(options)
     return {
         "options": {name: value for name, value in values.items() if name not in NEUTRAL},
         "model": [_place(model.name) for model in models],
         "loss": [", ".join(map(str, model.losses.values())) for model in models],
-        "content": {_place(model.name): model.digests(memory) for model in models},
+        "content": content,
         "pairs": {"path": str(options.reference or options.data.files), "digests": list(dict.fromkeys(pairs))},
         "second_reference": {"path": str(options.second_reference), "digests": list(second)}
         if options.second_reference
@@ -117,9 +114,8 @@ def write_results(out: Path, inputs: Mapping[str, Any], write: Callable[[Path], 
             target = out / path.name
             if target.is_dir():  # of an evaluation that was killed here
                 shutil.rmtree(target)
-            sync_directory(staging)
             path.replace(target)
-        sync_directory(out)
+            sync_directory(out)
         staging.rmdir()
 
 
@@ -137,8 +133,9 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
         found += [f"the {part} of --model {model}" for part in digests if known.get(part) != digests[part]]
     for name in ("pairs", "second_reference"):
         if not _same_pairs(before[name], now[name]):
-            sources = [str(side["path"]) if side else "none" for side in (before[name], now[name])]
-            found.append(f"{name.replace('_', ' ')}: {' -> '.join(dict.fromkeys(sources))}, with other content")
+            sources = dict.fromkeys(str(side["path"]) if side else "none" for side in (before[name], now[name]))
+            changed = ", with other content" if len(sources) == 1 else ""
+            found.append(f"{name.replace('_', ' ')}: {' -> '.join(sources)}{changed}")
     return found
 
 

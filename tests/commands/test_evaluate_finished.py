@@ -67,6 +67,9 @@ def test_other_gates_are_judged_by_it(
     no_scoring()
     failed = dpocli(*line, "--require", "ties<0.5")
     assert (failed.code, content(out)) == (ExitCode.GATE, before), "the same command has the same outcome"
+    for refused in (("--loss", "ipo"), ("--lost", "ipo"), ("--require", "tees"), ("--reference", tmp_path / "none")):
+        assert dpocli(*line, *refused).code in (ExitCode.USAGE, ExitCode.CACHE), refused
+        assert content(out) == before, refused
     held = dpocli(*line, "--require", "ties>0.5", "--json")
     assert (held.code, held.json["requirements"][0]["holds"]) == (0, True)
     unknown = dpocli(*line, "--require", "tees>0.5")
@@ -143,10 +146,12 @@ def test_rows_are_compared_without_encoding_them(
     assert content(tmp_path / "r") == before
 
 
-@pytest.mark.parametrize("name", ["metrics.json", "inputs.json"])
-def test_what_cannot_be_compared_is_refused(line: tuple[object, ...], tmp_path: Path, dpocli: Run, name: str) -> None:
+@pytest.mark.parametrize(("name", "text"), [("metrics.json", "{"), ("inputs.json", "{"), ("inputs.json", "{}")])
+def test_what_cannot_be_compared_is_refused(
+    line: tuple[object, ...], tmp_path: Path, dpocli: Run, name: str, text: str
+) -> None:
     assert dpocli(*line).code == 0
-    (tmp_path / "r" / name).write_text("{")
+    (tmp_path / "r" / name).write_text(text)
     before = content(tmp_path / "r")
     result = dpocli(*line)
     assert (result.code, f"{name} is missing or damaged" in result.err) == (2, True), result.err
