@@ -52,7 +52,7 @@ class EvaluatedModel:
     def digests(self, memory: HashMemory) -> dict[str, str]:
         """Name the content of the model: its weights, its configuration, and its `dpocli.json`."""
         files, checkpoint = replace(self.files, checkpoint=None), self.files.checkpoint
-        if checkpoint is None or self.files.adapter_settings:  # weights of an adapter belong to those of its base
+        if checkpoint is None or self.files.adapter_settings:  # an adapter computes with the weights of its base
             identity = files.identity(memory)
             weights, configuration = identity.weights_digest, identity.settings_digest(files)
         else:

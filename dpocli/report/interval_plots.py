@@ -30,7 +30,7 @@ class Panel:
     key: str
     interval: str
     level: float
-    """Where a dashed line tells good from bad."""
+    """A dashed line between good and bad."""
     title: str
     unit: str
     overall: float | None = None

@@ -30,7 +30,7 @@ def plain(text: str) -> str:
 
 
 def one_line(text: str, longest: int = 60) -> str:
-    """Make a label: `plain`, on one line, cut in the middle, since either end may tell it from others."""
+    """Make a label: `plain`, on one line, cut in the middle, since labels may differ at either end."""
     text = " ".join(plain(text).split())
     if len(text) <= longest:
         return text

@@ -14,7 +14,7 @@ from dpocli.report.wording import ACCURACY, MARGIN, Report, counted, models_in_o
 LONGEST_NAME = 28
 
 LONGEST_LOSS = 80
-"""Only its numbers tell a loss from others; a narrow window folds it."""
+"""Losses may differ only in their numbers; a narrow window folds them."""
 
 LONGEST_PATH = 240
 """In a sentence, which has no columns."""
@@ -104,6 +104,6 @@ def _span(interval: Sequence[float] | None) -> str:
 
 
 def _common_directory(names: Sequence[str]) -> str:
-    """The beginning that all absolute paths among several share: it tells none from another."""
+    """The directory that holds all absolute paths, where there are several; names are shown without it."""
     absolute = [os.path.dirname(name) for name in names if os.path.isabs(name)]
     return os.path.join(os.path.commonpath(absolute), "") if len(absolute) > 1 else ""

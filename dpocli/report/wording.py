@@ -25,7 +25,7 @@ MOST = 0.5
 """Share of pairs beyond which ties, or margins within rounding, leave nothing to conclude."""
 
 MUCH_NOISE = 0.05
-"""Share of pairs within the noise of the dtype from which on the report says so."""
+"""Share of pairs within the noise of the dtype from which on the report mentions it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Headline:
 
 
 def headline(report: Report) -> Headline:
-    """The result in words, with the bounds of what it means."""
+    """State the result, what follows from it, and what does not."""
     verdict, ties = _verdict(report), ties_throughout(report)
     return Headline(
         accuracy="ties" if ties else percent(report.get(ACCURACY)),
