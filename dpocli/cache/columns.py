@@ -50,7 +50,7 @@ class PairColumns:
         )
 
     @classmethod
-    def init_processes(cls, parts: Iterable[tuple["PairColumns", int]]) -> "PairColumns":
+    def joined(cls, parts: Iterable[tuple["PairColumns", int]]) -> "PairColumns":
         """All parts, which are let go one by one, so that each pair is in memory once.
 
         Args:

@@ -56,7 +56,7 @@ class PairStore:
                 self._digests.append(part.digest)
                 yield part.columns, part.footer.total_rows
 
-        self.columns = PairColumns.init_processes(columns())
+        self.columns = PairColumns.joined(columns())
         self.fingerprint = footers[0].fingerprint
         self.num_rows = footers[0].total_rows
         """Source rows, those that gave no pair included."""

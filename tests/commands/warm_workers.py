@@ -25,7 +25,7 @@ _FORKED.set_forkserver_preload(["tests.commands.warmed_up"])
 
 
 @dataclass
-class TokenCounter:
+class Tally:
     """What all workers on one cache did: a line a tile, in a file that each appends to."""
 
     path: Path
@@ -58,7 +58,7 @@ class Worker:
     log: Path
 
     @classmethod
-    def start(cls, line: Sequence[object], log: Path, tally: TokenCounter) -> "Worker":
+    def start(cls, line: Sequence[object], log: Path, tally: Tally) -> "Worker":
         process = _FORKED.Process(target=_work, args=([str(word) for word in line], log, tally))
         process.start()
         return cls(process, log)
@@ -79,7 +79,7 @@ class Worker:
         return code
 
 
-def _work(line: list[str], log: Path, tally: TokenCounter) -> None:
+def _work(line: list[str], log: Path, tally: Tally) -> None:
     early_stop = EarlyStop()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
