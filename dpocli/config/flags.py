@@ -92,7 +92,7 @@ class Option:
 
     @property
     def help(self) -> str:
-        """Description and default; brackets would be taken for markup by rich."""
+        """Description and default; brackets are escaped, since rich reads them as markup."""
         text = self.info.description or ""
         if self.choices:
             text += f": {', '.join(self.choices)}"
@@ -177,7 +177,7 @@ def _parameter(
 
 
 def explain_unknown(name: str, model: type[Options]) -> str:
-    """What to say about an option that `model` has not: its equivalent here, whose it is, or the nearest name."""
+    """Answer to an unknown option: its equivalent here, the commands that have it, or the nearest name."""
     key = name.strip("-").replace("-", "_").lower()
     if hint := foreign_option(key) or foreign_option(key.removeprefix("no_")):
         return f"this is a name from another tool. Here, {hint}."

@@ -93,7 +93,7 @@ class Options(Section):
     launcher: Literal["torchrun", "slurm"] = option(
         "torchrun",
         Panel.RUN,
-        "whose environment variables give rank and world size: torchrun's, or those of srun with one process per device",
+        "whose environment variables give rank and world size: torchrun, or srun with one process per device",
     )
     scoring: ScoringOptions = ScoringOptions()
 
@@ -179,7 +179,7 @@ if TYPE_CHECKING:
         """An option for each hyperparameter of the catalogue."""
 else:
     # Made from the catalogue, so that a loss is declared in one place. These bounds are the widest; `LossChoice` knows
-    # those of the losses that are chosen.
+    # the bounds of the chosen losses.
     _Hyperparameters = create_model(
         "_Hyperparameters",
         __base__=_Loss,

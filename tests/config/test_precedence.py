@@ -7,7 +7,8 @@ import pytest
 
 from dpocli.config.commands import TrainOptions
 from dpocli.config.flags import values_of
-from dpocli.config.parsing import ALTERNATIVES, load_options
+from dpocli.config.parsing import load_options
+from dpocli.config.precedence import ALTERNATIVES
 from dpocli.errors import UsageError
 
 GIVEN = {"model": "m", "out": "o"}
