@@ -11,10 +11,10 @@ from dpocli.errors import CacheError
 
 
 def open_second(directory: Path, first: PairStore) -> PairStore:
-    """The second cache.
+    """Open the cache of `--second-reference`.
 
     Raises:
-        CacheError: it has no log-probs, or none of the pairs: their tokens are hashed, so it takes the same data, tokenizer and
+        CacheError: it has no log-probs, or shares no pair. Pair ids depend on tokens, so it needs the same data, tokenizer and
             lengths.
     """
     second = PairStore.open(directory)
@@ -32,6 +32,6 @@ def open_second(directory: Path, first: PairStore) -> PairStore:
 
 
 def join(second: PairStore, pair_ids: NDArray[Any]) -> NDArray[np.int64]:
-    """Where each pair, by its id as text, stands in the second cache; -1 where it does not. Shape (pairs,)."""
+    """Positions in the second cache of the pairs with these ids (text), -1 where it lacks one, shape (pairs,)."""
     places = {pair_id.tobytes().hex(): place for place, pair_id in enumerate(second.columns.pair_ids)}
     return np.array([places.get(pair_id, -1) for pair_id in pair_ids.tolist()], dtype=np.int64)

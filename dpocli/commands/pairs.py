@@ -12,7 +12,7 @@ from dpocli.cache.fingerprint import Fingerprint, build_fingerprint
 from dpocli.cache.reader import PairStore
 from dpocli.cache.view import PairView
 from dpocli.cache.writer import CacheWriter
-from dpocli.commands.encoding import TileEncoder, judge_skips, types_of_kept, writing_behind
+from dpocli.commands.encoding import TileEncoder, background_writer, check_skips, types_of_kept
 from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
 from dpocli.config.flags import given_keys, options_of, values_of
 from dpocli.config.loss_expression import LossChoice
@@ -88,7 +88,7 @@ class Inputs:
         _refuse_empty(store)
         if isinstance(self.options, TrainOptions) and not store.weights.any():
             raise DataError(
-                f"{store.directory}: all {len(store):,} pairs have weight 0, so nothing can be learned from them. Mend the "
+                f"{store.directory}: all {len(store):,} pairs have weight 0, so nothing can be learned from them. Fix the "
                 "field `weight` of the data, or leave it out."
             )
         return store
@@ -199,14 +199,15 @@ def _encoded(
     needs_name = options.data.scratch or beside is not None
     directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if needs_name else "pairs")
     kept = types_of_kept(rows, options.data.keep_columns)
-    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=console.warn)
+    writer = CacheWriter(directory, fingerprint, kept, console)
     writer.check()
+    writer.prepare()
     tiles = TileEncoder(rows, Encoder(tokenizer, options.data), options.data, console)
     missing = writer.missing(processes.rank, processes.count)
-    with writing_behind(writer) as parts, closing(tiles.encode(missing)) as encoded:
+    with background_writer(writer) as parts, closing(tiles.encode(missing)) as encoded:
         for tile in encoded:
             parts.write(*tile)
     processes.wait()
     store = PairStore.open(directory)
-    judge_skips(store.skipped, store.num_rows, options.data.max_skipped)
+    check_skips(store.skipped, store.num_rows, options.data.max_skipped)
     return store

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from dpocli.cache.writer import CacheWriter
-from dpocli.commands.encoding import fault_of_skips
+from dpocli.commands.encoding import problem_of_skips
 from dpocli.commands.reference import Reference
 from dpocli.config.options import DataOptions
 from dpocli.console.console import Printer
 from dpocli.console.progress import Progress, format_duration
-from dpocli.data.encoder import Encoder, encode_rows
+from dpocli.data.encoder import Encoder
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.data.sources import SourceRows
 
@@ -50,13 +50,13 @@ def estimate(
     results = [
         result
         for start in starts
-        for result in encode_rows(rows, encoder, options, start, min(start + NEIGHBOURS, rows.num_rows))
+        for result in encoder.encode_rows(rows, start, min(start + NEIGHBOURS, rows.num_rows))
     ]
     pairs = [result for result in results if isinstance(result, EncodedPair)]
     skipped = Counter(str(result.reason) for result in results if isinstance(result, Skipped))
     scale = rows.num_rows / len(results)
     tokens = sum(_num_tokens(pair) for pair in pairs)
-    known = reference.reusable.take_over(pairs)
+    known = reference.reusable.fill_in(pairs)
     to_score = [pair for pair in known if pair.reference is None]
     figures: dict[str, Any] = {
         "rows": rows.num_rows,
@@ -109,7 +109,7 @@ def render(printer: Printer, figures: Mapping[str, Any]) -> None:
 def _stop(results: Sequence[EncodedPair | Skipped], num_rows: int, max_skipped: float) -> str | None:
     """Why the run would stop, as far as the encoded rows tell; None where it would not."""
     skipped = [result for result in results if isinstance(result, Skipped)]
-    fault = fault_of_skips(Counter(str(row.reason) for row in skipped), len(results), max_skipped, skipped)
+    fault = problem_of_skips(Counter(str(row.reason) for row in skipped), len(results), max_skipped, skipped)
     if fault is None:
         return None
     seen = "would stop" if len(results) == num_rows else f"would probably stop, going by {len(results):,} rows encoded"

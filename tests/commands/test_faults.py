@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dpocli.cache import writer
 from dpocli.cache.part import open_part
 from dpocli.cache.writer import CacheWriter
 from dpocli.commands.reference import Reference
@@ -186,7 +187,7 @@ def test_sigterm_at_random_moments(tmp_path: Path) -> None:
 # asked to stop
 
 
-def on_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int, act: Callable[[], None]) -> None:
+def on_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, act: Callable[[], None]) -> None:
     """Something happens when a method is called for the `number`th time."""
     method, calls = getattr(owner, name), iter(range(1, 10**9))
 
@@ -200,7 +201,7 @@ def on_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int
 
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
-    [(Reference, "complete", 1), (Reference, "complete", 5), (CacheWriter, "write", 3), (Encoder, "draft", 9)],
+    [(Reference, "complete", 1), (Reference, "complete", 5), (CacheWriter, "write", 3), (Encoder, "_render", 9)],
     ids=["the first tile is scored", "a tile is scored", "a part is written", "a row is encoded"],
 )
 def test_sigterm_throws_the_open_tile_away_and_exits_75(
@@ -277,7 +278,7 @@ def test_a_full_disk_while_a_part_is_written(
 ) -> None:
     out = tmp_path / "ref"
     with monkeypatch.context() as patch:
-        on_call(patch, CacheWriter, "_write_groups", number, no_room)
+        on_call(patch, writer, "write_part", number, no_room)
         result = dpocli(*LINE, "--out", out)
     assert_refused(
         result, RESOURCES, f"Writing {out}/rows-", "no space left on device", "Make room", "goes on from here"
@@ -396,7 +397,7 @@ def test_train_and_evaluate_name_the_damaged_part(command: str, ref: Path, tmp_p
     rewritten(with_a_bit_flipped)(ref / name, random.Random(3))
     steps = ("--max-steps", 1) if command == "train" else ()
     result = dpocli(command, "--model", MODEL, "--reference", ref, *steps, "--out", tmp_path / "out")
-    assert_refused(result, CACHE, name, ref, "damaged", "Run the line that made the cache again")
+    assert_refused(result, CACHE, name, ref, "damaged", "Run the command that made the cache again")
 
 
 def test_a_link_to_nowhere_under_the_name_of_a_part(ref: Path, same_line: Callable[[Path], str]) -> None:
