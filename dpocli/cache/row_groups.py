@@ -42,7 +42,7 @@ class RowGroups:
         self._starts = np.cumsum([0, *sizes])
         """Position of the first pair of each part."""
         self._verified: list[set[int]] = [set() for _ in paths]
-        """Of each part, the row groups whose small columns, read under their digest, equal those of `columns`."""
+        """Of each part, the row groups whose small columns, verified by their digest, equal `columns`."""
         self._parts: OrderedDict[int, OpenPart] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._memory_bytes, self._used_bytes = memory_bytes, 0

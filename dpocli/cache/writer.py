@@ -128,7 +128,7 @@ class CacheWriter:
         """Write the part of a tile, atomically and durably.
 
         Args:
-            tile: its rows are those of `pairs` and `skipped` together.
+            tile: `pairs` and `skipped` together cover its rows.
             pairs: in any order; scored exactly if the fingerprint names a reference.
             skipped: rows that gave no pair.
 

@@ -97,7 +97,7 @@ class BackgroundWriter:
         skipped: Sequence[Skipped],
         information: Mapping[str, Any] | None = None,
     ) -> None:
-        """Start to write a part, after the one before. Errors are those of `CacheWriter.write` for the part before.
+        """Start to write a part, after the one before. Raises the errors of `CacheWriter.write` for the part before.
 
         `information` about how the pairs were scored goes into the fingerprint of this part.
         """

@@ -1,4 +1,4 @@
-"""`precompute --dry-run`: what would be done, and what it would take. Touches nothing."""
+"""`precompute --dry-run`: estimate pairs, bytes and time. Writes nothing."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.data.sources import SourceRows
 
 SAMPLED_ROWS = 2048
-"""Rows that are encoded; all of them where there are no more."""
+"""Rows that are encoded, if there are more."""
 
 NEIGHBOURS = 64
-"""Rows that are read together."""
+"""Consecutive rows in a sample."""
 
 PROBED_TOKENS = 10_000
-"""Distinct tokens that are scored to learn the speed."""
+"""Distinct tokens that are scored to measure the speed."""
 
 
 def estimate(
@@ -39,12 +39,12 @@ def estimate(
 
     Args:
         rows: all rows.
-        encoder: makes pairs of them.
-        options: how.
+        encoder: of the rows.
+        options: for `--max-skipped`.
         writer: of the cache, which may not exist.
-        reference: is loaded, and scores a few pairs.
-        missing_rows: rows of the tiles that this worker would have to make.
-        progress: of the probe.
+        reference: scores a few pairs.
+        missing_rows: rows of the tiles that this worker would have to write.
+        progress: of the scoring.
     """
     starts = _starts(rows.num_rows)
     results = [
@@ -88,7 +88,7 @@ def estimate(
 
 
 def render(printer: Printer, figures: Mapping[str, Any]) -> None:
-    """The figures for people."""
+    """Print the figures."""
     basis = "all rows encoded" if figures["is_exact"] else f"from {figures['rows_sampled']:,} rows encoded"
     printer.say(
         f"Dry run ({basis}): {figures['pairs']:,} pairs of {figures['rows']:,} rows, {figures['tokens']:,} tokens, "
@@ -107,7 +107,7 @@ def render(printer: Printer, figures: Mapping[str, Any]) -> None:
 
 
 def _stop(results: Sequence[EncodedPair | Skipped], num_rows: int, max_skipped: float) -> str | None:
-    """Why the run would stop, as far as the encoded rows tell; None where it would not."""
+    """Why the run would stop, judged by the encoded rows; None if it would not."""
     skipped = [result for result in results if isinstance(result, Skipped)]
     fault = problem_of_skips(Counter(str(row.reason) for row in skipped), len(results), max_skipped, skipped)
     if fault is None:
@@ -117,7 +117,7 @@ def _stop(results: Sequence[EncodedPair | Skipped], num_rows: int, max_skipped: 
 
 
 def _starts(num_rows: int) -> Sequence[int]:
-    """Where the sampled runs of rows begin, evenly over the data."""
+    """First rows of the samples, spread evenly over the data."""
     every = range(0, num_rows, NEIGHBOURS)
     most = SAMPLED_ROWS // NEIGHBOURS
     if len(every) <= most:
@@ -126,7 +126,7 @@ def _starts(num_rows: int) -> Sequence[int]:
 
 
 def _some(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
-    """Pairs for the probe, drawn evenly, as many as its tokens allow but at least one."""
+    """Random pairs for the measurement, within PROBED_TOKENS but at least one."""
     order = np.random.default_rng(0).permutation(len(pairs))
     ends = np.cumsum([_num_tokens(pairs[place]) for place in order])
     return [pairs[place] for place in order[: max(1, int(np.searchsorted(ends, PROBED_TOKENS)))]] if len(pairs) else []

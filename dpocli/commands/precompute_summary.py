@@ -14,7 +14,7 @@ from dpocli.console.console import Printer
 
 
 def summarize(out: Path, writer: CacheWriter, notices: Mapping[str, int], figures: Mapping[str, Any]) -> dict[str, Any]:
-    """What the whole cache holds by now, whoever wrote it.
+    """What the whole cache holds by now, including the parts of other workers.
 
     Args:
         out: its directory.

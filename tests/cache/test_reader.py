@@ -188,7 +188,9 @@ def test_incomplete(directory):
     first, second, _ = parts(directory)
     first.unlink()
     second.unlink()
-    words = f"incomplete: 2 of 3 parts are missing \\({first.name}, {second.name}\\). Run the command that made it again"
+    words = (
+        f"incomplete: 2 of 3 parts are missing \\({first.name}, {second.name}\\). Run the command that made it again"
+    )
     with pytest.raises(CacheError, match=words):
         PairStore.open(directory)
 

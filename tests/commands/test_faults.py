@@ -27,7 +27,7 @@ from dpocli.errors import CacheError
 from dpocli.run.directory import RunDirectory
 from dpocli.run.files import ABANDONED_HERE_SECONDS
 from dpocli.run.status import StatusFile, is_alive
-from tests.caches import content_of, pairs_in, parts_of
+from tests.caches import content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import HELD_OUT, MODEL, ROOT, TRAIN, Run, quiet
 from tests.commands.warm_workers import BEGUN, WRITTEN, TokenCounter, Worker
 
@@ -528,6 +528,24 @@ def test_a_directory_that_may_not_be_written(owned: Path, dpocli: Run, same_line
     assert_refused(result, USAGE, owned, "ermission denied")
     owned.chmod(0o755)
     same_line(owned)
+
+
+def test_a_complete_cache_that_may_not_be_written(owned: Path, dpocli: Run) -> None:
+    """Nothing is left to do, so nothing has to be written."""
+    before = json.loads((owned / "summary.json").read_text())
+    for path in owned.iterdir():
+        path.chmod(0o444)
+    owned.chmod(0o555)
+    there = tree(owned)
+    with without_privileges():
+        again = dpocli(*LINE, "--out", owned, "--json")
+        other = dpocli(*LINE, "--out", owned, "--max-length", 50)
+    assert again.code == DONE, again.err
+    assert f"{owned} is complete and read-only: nothing to do." in again.err
+    own = {"out": str(owned), "scoring": None, "notices": None}
+    assert again.json | own == before | own
+    assert_refused(other, CACHE, "max_length: 2048 -> 50")
+    assert tree(owned) == there
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000], ids=["reading is left", "nothing is left"])
