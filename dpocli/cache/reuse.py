@@ -8,10 +8,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dpocli.cache.fingerprint import Fingerprint, compare_references
+from dpocli.cache.join import PairIndex
 from dpocli.cache.reader import PairStore
 from dpocli.data.preference import EncodedPair
 from dpocli.errors import CacheError
@@ -22,7 +20,7 @@ class Reusable:
     """The scored pairs of old caches by id, read only. Memory: 24 bytes a pair beyond that of an open cache."""
 
     def __init__(self, stores: Sequence[PairStore]) -> None:
-        self._stores = [_Index(store) for store in stores]
+        self._stores = [(store, PairIndex(store)) for store in stores]
 
     @classmethod
     def open(cls, directories: Sequence[Path], wanted: Fingerprint) -> "Reusable":
@@ -54,32 +52,10 @@ class Reusable:
     def fill_in(self, pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
         """The pairs, with the log-probs of an old cache where one has them."""
         found = list(pairs)
-        for old in self._stores:
+        for store, pair_index in self._stores:
             unscored = [index for index, pair in enumerate(found) if pair.reference is None]
-            positions = old.find([found[index].pair_id for index in unscored])
+            positions = pair_index.find([found[index].pair_id for index in unscored])
             hits = [(index, position) for index, position in zip(unscored, positions, strict=True) if position >= 0]
-            for (index, _), scored in zip(hits, old.store.load([position for _, position in hits]), strict=True):
+            for (index, _), scored in zip(hits, store.load([position for _, position in hits]), strict=True):
                 found[index] = replace(found[index], reference=scored.reference)
-        return found
-
-
-class _Index:
-    """Positions of the pairs of a store by id: sorted by its first half, the second half compared too."""
-
-    def __init__(self, store: PairStore) -> None:
-        self.store = store
-        halves = store.columns.pair_ids.view(">u8").reshape(-1, 2)
-        self._order = np.argsort(halves[:, 0], kind="stable")
-        self._firsts = halves[self._order, 0].astype(np.uint64)
-        self._seconds = halves[self._order, 1].astype(np.uint64)
-
-    def find(self, pair_ids: Sequence[str]) -> NDArray[np.int64]:
-        """The position of each pair in the store, -1 where it is not there."""
-        wanted = np.frombuffer(bytes.fromhex("".join(pair_ids)), ">u8").reshape(-1, 2).astype(np.uint64)
-        places = np.searchsorted(self._firsts, wanted[:, 0])
-        found = np.full(len(wanted), -1, dtype=np.int64)
-        inside = np.flatnonzero(places < len(self._firsts))
-        at = places[inside]
-        hit = (self._firsts[at] == wanted[inside, 0]) & (self._seconds[at] == wanted[inside, 1])
-        found[inside[hit]] = self._order[at[hit]]
         return found
