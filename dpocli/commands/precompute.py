@@ -27,7 +27,7 @@ from dpocli.data.sources import SourceRows, open_rows
 from dpocli.distributed.launch import launched, pick_device
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.distributed.signals import StopFlag
-from dpocli.errors import CacheError, DataError, PreemptedError, UsageError, mark_recorded
+from dpocli.errors import CacheError, DataError, PreemptedError, UsageError
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import dtype_name, pick_dtype
@@ -49,6 +49,7 @@ class PrecomputeJob:
     rows: SourceRows
     team: Processes
     """The processes that share one copy of the model with this one."""
+    hash_memory: HashMemory
 
     @classmethod
     def resolve(cls, options: PrecomputeOptions, console: Console, processes: Processes) -> "PrecomputeJob":
@@ -62,7 +63,8 @@ class PrecomputeJob:
         tokenizer = load_tokenizer(model, options.model)
         rows, team = open_rows(options.data), processes.team(options.model.shards)
         check_out(options.out, "precompute")
-        return cls(options, console, dtype, model, tokenizer, rows, team)
+        hash_memory = HashMemory(options.out / HASH_MEMORY_NAME)
+        return cls(options, console, dtype, model, tokenizer, rows, team, hash_memory)
 
     def writer(self) -> CacheWriter:
         """The writer of the cache. Hashes the model."""
@@ -76,7 +78,7 @@ class PrecomputeJob:
             model=self.model,
             dtype=dtype_name(self.dtype),
             information=environment(self.team.device),
-            hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
+            hash_memory=self.hash_memory,
         )
         kept = types_of_kept(self.rows, options.data.keep_columns)
         return CacheWriter(options.out, fingerprint, kept, self.console)
@@ -121,12 +123,10 @@ def run(options: PrecomputeOptions, console: Console) -> None:
     alone = nullcontext(Processes(0, 1, device))
     with init_processes(device, options.launcher) if options.model.shards > 1 else alone as processes:
         job = PrecomputeJob.resolve(options, console, processes)
-        if options.verify or options.dry_run:
-            try:
-                _verify(job) if options.verify else _estimate(job)
-            except BaseException as error:
-                mark_recorded(error)  # only reads, so it writes no status
-                raise
+        if options.verify:
+            _verify(job)
+        elif options.dry_run:
+            _estimate(job)
         elif _is_read_only(job):
             _confirm_complete(job)
         else:
@@ -145,12 +145,15 @@ def _fill(job: PrecomputeJob) -> None:
             f"{job.rows.num_rows:,} rows; reference {options.model.name} in {dtype_name(job.dtype)} on {job.team.device}"
         )
         writer = job.writer()
+        if out.is_accepted:
+            job.hash_memory.save()
         writer.check()
         writer.prepare()
         reference = job.reference(writer)
         # Until here there is nothing to save, and a signal ends the command at once.
         with StopFlag() as flag, background_writer(writer) as parts:
             out.write_config(options)
+            job.hash_memory.save()
             stop = StopRequest(flag, out, parts, job.team)
             missing = _missing_tiles(job, writer, out, stop)
             tiles = TileEncoder(job.rows, job.encoder(), options.data, console)
