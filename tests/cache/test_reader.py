@@ -263,7 +263,7 @@ def test_a_part_that_changes_after_its_row_groups_were_read_once(directory, tmp_
     shutil.copy(tmp_path / "other" / part.name, part)
     with pytest.raises(CacheError, match="row group 0 has changed since the cache was opened"):
         store.load([0])
-    shutil.copy(tmp_path / "other" / last.name, last)  # written anew, with what stood there
+    shutil.copy(tmp_path / "other" / last.name, last)  # rewritten with the original content
     assert store.load([297])[0].row == 299
 
 

@@ -1,4 +1,4 @@
-"""Whatever stands in a data file: a preference, a row that is left out and why, or an error that names the place."""
+"""Arbitrary content of a data file gives a preference, a skipped row with its reason, or an error that names the place."""
 
 import gzip
 import json
