@@ -185,15 +185,9 @@ def test_long_texts_are_folded_and_lose_nothing():
     words = tuple(ExampleToken(f" w{place}w", 0.1, True) for place in range(900))
     page = page_of(shown=ExamplePairs((made_up_pair(prompt=prompt, chosen=words),), (), has_reference=True))
     assert page.tags.count("details") == 2
-<<<<<<< Updated upstream
     whole = re.sub(r"\d+,?\d* more \w+", "", page.text)
     assert prompt in whole
     assert "".join(word.text for word in words) in whole
-=======
-    joined = re.sub(r"\d+,?\d* more \w+", "", page.text)
-    assert prompt in joined
-    assert "".join(word.text for word in words) in init_processes
->>>>>>> Stashed changes
 
 
 def test_white_space_and_line_ends_are_seen_and_kept():
