@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from dpocli.commands.reference import Reference
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.run.directory import RunDirectory
 from tests.caches import assert_same_values, content_of, pairs_in, parts_of, tree
-from tests.commands.conftest import MODEL, ROOT, TRAIN, Run, quiet, start_held
+from tests.commands.conftest import MODEL, ROOT, TRAIN, Run, quiet
 from tests.commands.ranks import on_processes
+from tests.commands.warm_workers import Worker
 
 ROWS, ROWS_PER_PART = 60, 5
 LINE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)
@@ -126,12 +128,13 @@ def test_a_companion_killed_in_the_middle_leaves_the_next_run_clean(
 ) -> None:
     out = tmp_path / "ref"
     with RunDirectory(out, "precompute", companions=True):
-        process = start_held("dpocli.cache.writer:CacheWriter.write", 4, *MANY, "--out", out)
-        process.kill()
-        _, err = process.communicate()
-        assert BESIDE in err
+        line, log = (*MANY, "--out", out), tmp_path / "log"
+        worker = Worker.start_held("dpocli.cache.writer:CacheWriter.write", 4, line, log)
+        pid = worker.pid
+        worker.end(signal.SIGKILL)
+        assert BESIDE in log.read_text()
         assert status_in(out / "status.json")["pid"] == os.getpid(), "it left the other's status alone"
-        assert status_in(companion_status(out, process.pid))["state"] == "running"
+        assert status_in(companion_status(out, pid))["state"] == "running"
     there = parts_of(out)
     assert len(there) == 3
     result = dpocli(*MANY, "--out", out)

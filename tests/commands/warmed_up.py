@@ -9,9 +9,11 @@ import torch
 import tests.commands.warm_workers  # noqa: F401
 from dpocli.cli import run_command_line
 from tests.commands.conftest import MODEL, TRAIN
+from tests.commands.shortcuts import shortcuts
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what was parallel before a fork is a deadlock after it
 torch.set_num_threads(1)
+shortcuts().__enter__()  # for all that are forked
 with (
     tempfile.TemporaryDirectory() as directory,
     open(os.devnull, "w") as nowhere,
