@@ -72,9 +72,9 @@ Run = Callable[..., Result]
 def dpocli(capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line in this process: `dpocli("train", "--out", path, …)`."""
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object, shorten: bool = True) -> Result:
         capfd.readouterr()
-        code = run_command_line(shortened(arguments))
+        code = run_command_line(shortened(arguments) if shorten else [str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return Result(code, out, err)
 

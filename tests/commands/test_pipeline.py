@@ -205,9 +205,10 @@ def test_every_loss_trains_from_one_cache(loss: str, cache: Path, tmp_path: Path
     out = tmp_path / "run"
     result = dpocli(
         "train", "--model", MODEL, "--reference", cache, "--out", out, "--loss", loss, "--learning-rate", "1e-3",
-        "--batch-size", 20, "--epochs", 3,
+        "--batch-size", 20, "--epochs", 3, shorten=False,
     )  # fmt: skip
     assert result.code == 0, result.err
+    assert (out / "checkpoints" / "step-5").is_dir(), "a tenth of 6 steps is one"
     rows = metrics_of(out)
     assert rows[-1]["loss"] < rows[0]["loss"]
 

@@ -13,7 +13,8 @@ from tests.commands.shortcuts import shortcuts
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # what was parallel before a fork is a deadlock after it
 torch.set_num_threads(1)
-shortcuts().__enter__()  # for all that are forked
+for_all = shortcuts()  # a name, since they end with the object
+for_all.__enter__()
 with (
     tempfile.TemporaryDirectory() as directory,
     open(os.devnull, "w") as nowhere,
