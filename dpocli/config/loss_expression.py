@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_serializer, model_validator
 
 from dpocli.config.hyperparameters import BETA, Need, Value
 from dpocli.config.losses import CATALOGUE, MIXTURES, LossSpec, losses_using
-from dpocli.config.other_tools import REFUSED_LOSSES, foreign_loss
+from dpocli.config.other_tools import answers
 from dpocli.errors import UsageError
 
 _NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
@@ -267,12 +267,12 @@ def _own_values(text: str, name: str, inside: str | None) -> dict[str, Value]:
 def _check_name(text: str, name: str) -> None:
     if name in CATALOGUE:
         return
-    if reason := REFUSED_LOSSES.get(name):
+    if reason := answers("refused_losses").get(name):
         raise UsageError(f"--loss {text}: {name} {reason}.")
     hint = ""
     if name in MIXTURES:
         hint = f"it is a sum itself, {MIXTURES[name]}, and stands alone. "
-    elif elsewhere := foreign_loss(name):
+    elif elsewhere := answers("losses").get(name):
         hint = f"{elsewhere}. "
     elif near := difflib.get_close_matches(name, CATALOGUE, n=1):
         hint = f"did you mean {near[0]}? "

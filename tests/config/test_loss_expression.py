@@ -15,7 +15,6 @@ from dpocli.config.hyperparameters import BETA, Hyperparameter, Need, Value
 from dpocli.config.loss_expression import LossChoice, LossTerm, choices_of, named, split_list, text_of_terms
 from dpocli.config.losses import CATALOGUE, MIXTURES, LossSpec, losses_using
 from dpocli.config.options import NUMBERS_OF_LOSSES
-from dpocli.config.other_tools import FOREIGN_LOSSES, REFUSED_LOSSES
 from dpocli.config.parsing import load_options
 from dpocli.errors import UsageError
 
@@ -430,22 +429,6 @@ def test_losses_that_no_cache_can_serve_are_refused_with_the_reason(name: str, r
     assert "; nearest here " in message
     in_a_sum = f"dpo+0.1*{name.upper().replace('_', '-')}"
     assert error_of(in_a_sum).startswith(f"--loss {in_a_sum}: {name} {reason}")
-
-
-@pytest.mark.parametrize("name", REFUSED_LOSSES)
-def test_every_refused_loss_says_why(name: str) -> None:
-    assert error_of(name) == f"--loss {name}: {name} {REFUSED_LOSSES[name]}."
-
-
-@pytest.mark.parametrize("name", FOREIGN_LOSSES)
-def test_a_name_from_elsewhere_is_translated(name: str) -> None:
-    hint = FOREIGN_LOSSES[name]
-    assert f"there is no loss {name}. {hint[0].upper()}{hint[1:]}. There are dpo," in error_of(name)
-
-
-def test_no_name_has_two_meanings() -> None:
-    kinds = [CATALOGUE.keys(), MIXTURES.keys(), FOREIGN_LOSSES.keys(), REFUSED_LOSSES.keys()]
-    assert sum(map(len, kinds)) == len(set().union(*kinds))
 
 
 @pytest.mark.parametrize("text", ["mpo+sft", "2*mpo", "mpo(beta=0.2)", "dpo+mpo"])
