@@ -1,6 +1,5 @@
 """The worst and the best pairs of an evaluation, scored once more so that every token says what it did."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from dpocli.cache.view import PairView
 from dpocli.config.commands import EvaluateOptions
 from dpocli.config.flags import given_keys, values_of
 from dpocli.console.console import Console
-from dpocli.console.progress import Nothing, Progress
+from dpocli.console.progress import Progress
 from dpocli.data.detokenize import decoded, token_texts
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 from dpocli.distributed.processes import Processes
@@ -55,7 +54,7 @@ def showcase(
     worst, best = ends(table.column("margins"), count)
     positions = np.concatenate([worst, best])
     pairs = view.load(positions)
-    scored = reference_logps(scorer, pairs, _silent(), lambda: None, team) if pairs else []
+    scored = reference_logps(scorer, pairs, Progress(), lambda: None, team) if pairs else []
     shown = tuple(
         _shown(pair, policy, tokenizer, table, position, against_reference=against_reference)
         for pair, policy, position in zip(pairs, scored, positions.tolist(), strict=True)
@@ -102,11 +101,6 @@ def ends(margins: NDArray[np.float64], count: int) -> tuple[NDArray[np.int64], N
     num_worst = min(count, (len(order) + 1) // 2)
     num_best = min(count, len(order) - num_worst)
     return order[:num_worst], order[::-1][:num_best]
-
-
-def _silent() -> Progress:
-    """A few pairs take no time worth a bar."""
-    return Progress(Nothing(), None, "pairs", 0, time.monotonic)
 
 
 def _shown(
