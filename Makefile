@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all format install clean
+.PHONY: demo test test-all coverage format install clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh sample_data/demo.sh
@@ -12,10 +12,13 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 test-all: install
 	$(BIN)/pytest -n 2
+
+coverage: install
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term
 
 format: install
 	$(BIN)/ruff format .

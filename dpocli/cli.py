@@ -24,7 +24,7 @@ from dpocli.config.options import Options
 from dpocli.config.parsing import load_options
 from dpocli.console.console import Console, lone_process_warning, rank_from_environment, silence
 from dpocli.distributed.signals import EarlyStop
-from dpocli.errors import ExitCode, UsageError, is_recorded
+from dpocli.errors import ExitCode, UsageError
 from dpocli.run.status import Outcome, record_failure
 
 OptionsModel = TypeVar("OptionsModel", bound=Options)
@@ -118,43 +118,40 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
     outcome = Outcome.of(error)
     if outcome.exit_code == ExitCode.BUG:
         traceback.print_exception(error)
-    console = Console(rank=rank_from_environment(_value_of("--launcher", arguments) or "torchrun"))
+    console = Console(rank=rank_from_environment(str(_given(arguments).get("launcher") or "torchrun")))
     if outcome.exit_code == ExitCode.PREEMPTED:
         console.say(outcome.message)
     else:
         console.error(outcome.message)
-    if not is_recorded(error):
-        _record_early_failure(outcome, arguments, console.rank)
+    if console.rank == 0:
+        _record_early_failure(outcome, arguments)
     return outcome.exit_code
 
 
-def _record_early_failure(outcome: Outcome, arguments: Sequence[str], rank: int) -> None:
-    """Record in `OUT/status.json` that a start failed before it opened its directory.
+def _record_early_failure(outcome: Outcome, arguments: Sequence[str]) -> None:
+    """Record in `OUT/status.json` a failure from before the command entered its directory.
 
-    A script that requeues while the state is "preempted" would else requeue for ever over a misspelled flag.
+    Otherwise a script that requeues while the state is "preempted" would do so for ever over a misspelled flag.
     """
-    if any(argument.partition("=")[0] in ("--dry-run", "--verify") for argument in arguments):
-        return  # they only look
-    out = _value_of("--out", arguments) or _out_of_config(_value_of("--config", arguments))
-    if rank == 0 and out and arguments[0] in COMMANDS:
-        record_failure(Path(out), outcome, arguments[0], _value_of("--shard", arguments) or "0/1")
+    given = _given(arguments)
+    out = given.get("out")
+    only_reads = given.get("dry_run") or given.get("verify")
+    if arguments and arguments[0] in COMMANDS and isinstance(out, str) and not only_reads:
+        record_failure(Path(out), outcome, arguments[0], str(given.get("shard") or "0/1"))
 
 
-def _out_of_config(path: str | None) -> str | None:
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    out = entries.get("out") if isinstance(entries, dict) else None
-    return out if isinstance(out, str) else None
-
-
-def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """Options of a command line that may be wrong: as given, else from its configuration file where that can be read."""
+    flags: dict[str, Any] = {}
     for argument, following in pairwise([*arguments, ""]):
         name, equals, value = argument.partition("=")
-        if name == flag:
-            return value if equals else following
-    return None
+        if name.startswith("--"):
+            flags[name[2:].replace("-", "_")] = value if equals else following or True
+    try:
+        entries = yaml.safe_load(Path(flags["config"]).read_text(encoding="utf-8"))
+    except (KeyError, TypeError, OSError, ValueError, yaml.YAMLError):
+        return flags
+    return entries | flags if isinstance(entries, dict) else flags
 
 
 def checked(arguments: Sequence[str]) -> list[str]:

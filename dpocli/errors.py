@@ -1,16 +1,17 @@
-"""The one exception tree. Each class carries its exit code; `cli` is the only place that turns one into the other.
+"""The exception tree. Each class has its exit code, and `cli` alone turns one into the other.
 
-Anything a user can cause raises one of these, with a message of one short paragraph: what was attempted, what was
-found, and the command or setting that mends it. `assert` is for what cannot happen.
+Anything that a user can cause raises one of these, with a message of one short paragraph: what was attempted, what was
+found, and the command or setting that fixes it. `assert` is for what cannot happen.
 """
 
 import errno
 import re
 from enum import IntEnum
+from typing import ClassVar
 
 
 class ExitCode(IntEnum):
-    """What a shell script sees (and `status.json` keeps, because launchers swallow exit codes)."""
+    """What a shell script sees, and `status.json` holds because launchers swallow exit codes."""
 
     DONE = 0
     BUG = 1
@@ -27,7 +28,7 @@ class ExitCode(IntEnum):
 class DpoError(Exception):
     """Base of every error that a user can cause."""
 
-    exit_code: ExitCode = ExitCode.BUG
+    exit_code: ClassVar[ExitCode]
 
 
 class UsageError(DpoError):
@@ -49,38 +50,38 @@ class CacheError(DpoError):
 
 
 class NumericsError(DpoError):
-    """Numbers went bad: NaN or infinity, or a failed step-0 check."""
+    """Bad numbers: NaN or infinity, or a failed step-0 check."""
 
     exit_code = ExitCode.NUMBERS
 
 
 class GateError(DpoError):
-    """A figure is not as `--require` wants it. Everything is written by then."""
+    """A figure that does not meet `--require`. Raised after all output is written."""
 
     exit_code = ExitCode.GATE
 
 
 class ResourceError(DpoError):
-    """Out of memory or disk after every fall-back."""
+    """Out of memory or disk, after every fallback."""
 
     exit_code = ExitCode.RESOURCES
 
 
 class PreemptedError(DpoError):
-    """Stopped on request after saving: the same line goes on from there."""
+    """A stop on request after saving: the same command resumes."""
 
     exit_code = ExitCode.PREEMPTED
 
 
 class StopSignal(KeyboardInterrupt):
-    """A signal asked to stop before there was anything to save.
+    """A stop signal before there was anything to save.
 
     Raised anywhere, and so of a kind that libraries let pass, as they do with Ctrl-C.
     """
 
 
 def brief_message(error: Exception) -> str:
-    """The first line of what a library says, with the kind of error where that is a mere name or nothing."""
+    """The first line of a library's error, with the kind of error where that line is a mere name or empty."""
     line = (str(error).strip().splitlines() or [""])[0].rstrip(" .:")
     return line if " " in line else f"{type(error).__name__} {line}".rstrip()
 
@@ -92,32 +93,24 @@ def classify(error: BaseException) -> tuple[ExitCode, str]:
     if isinstance(error, StopSignal):
         return (
             ExitCode.PREEMPTED,
-            "Stopped on request before there was anything to save. The same command line starts again.",
+            "Stopped on request before there was anything to save. Rerun the same command to start again.",
         )
     if isinstance(error, KeyboardInterrupt):
-        return ExitCode.INTERRUPTED, "Interrupted. The same command line goes on from what is saved."
+        return ExitCode.INTERRUPTED, "Interrupted. Rerun the same command to resume from what is saved."
     if is_out_of_memory(error):
         first_line = str(error).partition("\n")[0]
-        return ExitCode.RESOURCES, f"Out of memory: {first_line or 'no more to be had'}. Try a smaller --token-budget."
+        return ExitCode.RESOURCES, f"Out of memory: {first_line or 'no more is free'}. Try a smaller --token-budget."
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ExitCode.RESOURCES, f"{error.filename or 'The output'}: {error.strerror}. Make room and start again."
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG) and error.filename:
         return ExitCode.USAGE, f"{error.filename}: {error.strerror}."
     if is_lost_peer(error):
         return ExitCode.RESOURCES, (
-            "Another process of this run has ended, or cannot be reached any more; what it said stands above, or in its own log. "
-            "The same command line goes on from what is saved."
+            "Another process of this run has ended or cannot be reached; its own message is above or in its log. "
+            "Rerun the same command to resume from what is saved."
         )
     return ExitCode.BUG, (
         f"{type(error).__name__}: {error}. This is a bug in dpocli: please report it with the traceback and the command."
-    )
-
-
-def is_lost_peer(error: BaseException) -> bool:
-    """Whether an exception says that a process on the other side of an exchange is gone; told without importing torch."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"DistNetworkError", "DistBackendError", "DistStoreError"}) or (
-        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
     )
 
 
@@ -126,25 +119,28 @@ _LOST_PEER = re.compile(
 )
 
 _OUT_OF_MEMORY = re.compile(
-    r"DefaultCPUAllocator: |CUDA error: out of memory|\b[A-Z]+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED\b"
+    r"DefaultCPUAllocator: |CUDA (driver )?error: out of memory|Triton Error \[CUDA\]: out of memory"
+    r"|Cuda failure (2\b|'out of memory')|Failed to CUDA (c|m)alloc|CUDA_ERROR_OUT_OF_MEMORY|cudaErrorMemoryAllocation"
+    r"|\b[A-Z]+_STATUS_(\w+_)?ALLOC(ATION)?_FAILED\b"
 )
+"""Of torch's allocators, the CUDA runtime and driver, Triton, NCCL, cuBLAS and its siblings."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on the host or on a device; told without importing torch."""
-    names = {kind.__name__ for kind in type(error).__mro__}
+    """Whether memory ran out, on the host or on a device. By names, so that torch is not imported."""
     return (
-        bool(names & {"MemoryError", "OutOfMemoryError"})
+        bool(_class_names(error) & {"MemoryError", "OutOfMemoryError"})
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or (isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error))))
     )
 
 
-def mark_recorded(error: BaseException) -> None:
-    """Says that nobody has to note this error any more: the status has it, or must not."""
-    error.__dict__["recorded_by_dpocli"] = True
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether another process in an exchange has ended or cannot be reached. By names, so that torch is not imported."""
+    return bool(_class_names(error) & {"DistNetworkError", "DistBackendError", "DistStoreError"}) or (
+        isinstance(error, RuntimeError) and bool(_LOST_PEER.search(str(error)))
+    )
 
 
-def is_recorded(error: BaseException) -> bool:
-    """Whether `mark_recorded` was told of it."""
-    return bool(error.__dict__.get("recorded_by_dpocli"))
+def _class_names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}

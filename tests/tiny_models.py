@@ -1,7 +1,8 @@
 """Tiny models of the architectures that people align, made in code: no hub, no download."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import pytest
 import torch
 from transformers import (
     CohereConfig,
@@ -55,9 +56,9 @@ SHAPE = {
     "eos_token_id": 2,
 }
 WINDOW = 12
-"""Tokens that the layers with a window look back over."""
+"""Tokens that layers with a window see."""
 EAGER = "eager"
-"""Said for Gemma 2, to which earlier transformers give an SDPA that leaves out the cap on its attention scores."""
+"""For Gemma 2: earlier versions of transformers default to SDPA, which ignores the cap on the attention scores."""
 
 
 def llama(*, tied: bool = False, vocab_size: int = VOCABULARY) -> PreTrainedModel:
@@ -151,7 +152,7 @@ def mamba() -> PreTrainedModel:
 
 
 def length_dependent(rope_type: str) -> PreTrainedModel:
-    """Beyond 16 tokens its rotary frequencies are others, for all rows of a batch."""
+    """A row of more than 16 tokens changes the rotary frequencies of its whole batch."""
     rope: dict[str, object] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 8.0}
     if rope_type == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [6.0] * 4, "original_max_position_embeddings": 16}
@@ -187,13 +188,24 @@ TRAPS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "olmo2": lambda: Olmo2ForCausalLM(Olmo2Config(**SHAPE)),
     "smollm3": lambda: SmolLM3ForCausalLM(SmolLM3Config(**SHAPE)),
 }
-"""Rows of several pairs are easily wrong for the first of them; the others are there because people use them."""
+"""Rows of several pairs are easily wrong for the first five; the others are in wide use."""
 RECURRENT: Mapping[str, Callable[[], PreTrainedModel]] = {"mamba": mamba, "falcon-h1-hybrid": falcon_h1}
-"""What came before in a row cannot be kept from what comes after."""
+"""Earlier tokens of a row always influence later ones."""
+
+
+FAST = {
+    "llama-tied", "qwen3-moe", "cohere-scaled", "gpt2", "gptj-biased", "mistral-window", "gemma2-window-softcap", "gpt-oss-sinks",
+}  # fmt: skip
+"""One family for each peculiarity: the others are tested by `make test-all`."""
+
+
+def families(names: Iterable[str]) -> list[object]:
+    """Parameters of a test over architectures, of which those outside `FAST` are marked slow."""
+    return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
 def build(name: str, seed: int = 0) -> PreTrainedModel:
-    """A model of the family with weights wide enough that its log-probs are far from uniform."""
+    """A random model of the family, its weights large enough that log-probs are far from uniform."""
     torch.manual_seed(seed)
     model = {**FAMILIES, **TRAPS, **RECURRENT}[name]()
     with torch.no_grad():

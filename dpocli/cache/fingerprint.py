@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpocli.config.options import DataOptions
 from dpocli.data.row_file import ContentPart
-from dpocli.model.hashing import HashMemory, changes, content_differences, digest_json, file_differences
+from dpocli.model.hashing import HashMemory, changes, content_differences, digest_json
 from dpocli.model.identity import ModelFiles, ModelIdentity
 from dpocli.model.tokenizer_identity import TokenizerIdentity
 
@@ -153,9 +153,9 @@ def compare_references(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
     if before is None or after is None:
         return [] if before is after else [f"reference: {_model_or_none(before)} -> {_model_or_none(after)}"]
     return [
-        *file_differences("weights", before.weights, after.weights),
+        *changes("weights", before.weights, after.weights),
         *changes("config.json", before.config, after.config),
-        *file_differences("code", before.code, after.code),
+        *changes("code", before.code, after.code),
         *changes("adapter", before.adapter, after.adapter),
         *changes("quantization", before.quantization, after.quantization),
     ]

@@ -26,7 +26,7 @@ from dpocli.data.sources import SourceRows, open_rows
 from dpocli.distributed.launch import launched, pick_device
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.distributed.signals import StopFlag
-from dpocli.errors import CacheError, DataError, PreemptedError, mark_recorded
+from dpocli.errors import CacheError, DataError, PreemptedError
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import dtype_name, pick_dtype
@@ -49,6 +49,7 @@ class PrecomputeJob:
     rows: SourceRows
     team: Processes
     """Those that share one copy of the model with this one."""
+    hash_memory: HashMemory
 
     @classmethod
     def of(cls, options: PrecomputeOptions, console: Console, everyone: Processes) -> "PrecomputeJob":
@@ -65,6 +66,7 @@ class PrecomputeJob:
             tokenizer,
             open_rows(options.data),
             everyone.team(options.model.shards),
+            HashMemory(options.out / HASH_MEMORY_NAME),
         )
         check_out(options.out, "precompute")
         return job
@@ -81,7 +83,7 @@ class PrecomputeJob:
             model=self.model,
             dtype=dtype_name(self.dtype),
             information=environment(self.device),
-            hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
+            hash_memory=self.hash_memory,
         )
         kept = types_of_kept(self.rows, options.data.keep_columns)
         say = self.console.warn
@@ -109,13 +111,12 @@ def run(options: PrecomputeOptions, console: Console) -> None:
     apart = nullcontext(Processes(0, 1, device))
     with init_processes(device, options.launcher) if options.model.shards > 1 else apart as everyone:
         job = PrecomputeJob.of(options, console, everyone)
-        if not (options.verify or options.dry_run):
-            return _fill(job)
-        try:
-            _verify(job) if options.verify else _estimate(job)
-        except BaseException as error:
-            mark_recorded(error)  # who only looks leaves no trace
-            raise
+        if options.verify:
+            _verify(job)
+        elif options.dry_run:
+            _estimate(job)
+        else:
+            _fill(job)
 
 
 def _fill(job: PrecomputeJob) -> None:
@@ -134,6 +135,7 @@ def _fill(job: PrecomputeJob) -> None:
         reference = job.reference(writer)
         stop = stack.enter_context(StopFlag())
         out.write_config(options)
+        job.hash_memory.save()
 
         def heed_stop(finish: Callable[[], None] = lambda: None) -> None:
             if job.team.any(bool(stop) or out.stop_requested()):

@@ -65,7 +65,7 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
     What is gone since is not asked for: a cache may be deleted when all is done.
     """
     found = []
-    memory = HashMemory(None if options.dry_run else options.out / HASH_MEMORY_NAME)
+    memory = HashMemory(options.out / HASH_MEMORY_NAME)
     identity = model.identity(memory)
     if identity.weights_digest != summary.get("policy_weights"):
         found.append(f"the weights of --model {options.model.name}")

@@ -23,7 +23,7 @@ from dpocli.distributed.launch import pick_device
 from dpocli.distributed.processes import init_processes
 from dpocli.distributed.shared_filesystem import check_shared
 from dpocli.distributed.signals import StopFlag
-from dpocli.errors import UsageError, mark_recorded
+from dpocli.errors import UsageError
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.identity import ModelFiles, ModelIdentity
 from dpocli.model.load import pick_dtype
@@ -45,15 +45,6 @@ from dpocli.training.trainer import Trainer
 
 def run(options: TrainOptions, console: Console) -> None:
     """Trains, or goes on where the same line stopped, or says that there is nothing left to do; or only plans it."""
-    try:
-        _run(options, console)
-    except BaseException as error:
-        if options.dry_run:
-            mark_recorded(error)  # who only looks leaves no trace
-        raise
-
-
-def _run(options: TrainOptions, console: Console) -> None:
     loss = options.loss_choice()
     check_inputs(options, [loss])
     device = pick_device(options.device, options.launcher)
@@ -184,4 +175,7 @@ def _provenance(options: TrainOptions, loss: LossChoice, files: ModelFiles, stor
 
 
 def _identity(files: ModelFiles, options: TrainOptions) -> ModelIdentity:
-    return files.identity(HashMemory(options.out / HASH_MEMORY_NAME))
+    memory = HashMemory(options.out / HASH_MEMORY_NAME)
+    identity = files.identity(memory)
+    memory.save()
+    return identity

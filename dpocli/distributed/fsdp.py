@@ -1,7 +1,7 @@
 """Sharding of a module over processes with torch's `fully_shard`.
 
-The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the root's
-forward, where it is a plain tensor. (The head in a group of its own gives silently wrong gradients.)
+The scoring module is the root and the decoder layers are its only units: the root's forward then reads the head's weight
+as a plain tensor. (A head that is a unit itself gives silently wrong gradients.)
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def shard(
 ) -> None:
     """Shard the parameters of a scoring module over a mesh (replicas, shards), in place.
 
-    The mixed-precision policy makes the forward pass equal to a plain load in that dtype, which autocast does not:
-    only the root's output is cast to float32, since a cast between the layers would change their arithmetic.
+    The mixed-precision policy makes the forward pass equal to a plain load in that dtype, which autocast does not. Only
+    the root's output is cast to float32, since a cast between the layers would change their arithmetic.
 
     Args:
         root: the scoring module; its parameters may be on the meta device.

@@ -1,6 +1,6 @@
-"""The processes of a run, as the launcher's environment describes them, and what they say to each other.
+"""The processes of a run and the exchanges between them.
 
-One engine: replicas × shards, gloo on CPU and NCCL on GPUs, so that what the tests run is what clusters run.
+One engine: replicas × shards, gloo on CPU and NCCL on GPUs, so that clusters run what the tests run.
 """
 
 from collections.abc import Callable, Iterator
@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not listed
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from dpocli.distributed.launch import Launcher, launched, slurm_address
 from dpocli.errors import DpoError, UsageError
@@ -22,20 +22,20 @@ from dpocli.errors import DpoError, UsageError
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=2)
-"""Rank 0 may hash a large model, or write a checkpoint, while the others wait."""
+"""For every group: rank 0 may hash a large model, or write a checkpoint, while the others wait."""
 
 
 @dataclass(frozen=True, slots=True)
 class Processes:
-    """This process among all. Where there is only one, every exchange returns what it was given."""
+    """This process among all. With only one process, every exchange returns its input."""
 
     rank: int
     count: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    """Which of all processes these are; None: all."""
+    """Process group of these processes; None: all."""
     team_mesh: DeviceMesh | None = None
-    """Of a `team`."""
+    """Mesh of a `team`."""
 
     @property
     def is_first(self) -> bool:
@@ -49,8 +49,8 @@ class Processes:
         return values
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up on any process: how all agree on the step at which to stop."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item()) if self.count > 1 else flag
+        """Whether the flag is set on any process. On the CPU, so that no GPU is waited for."""
+        return bool(self.sum(torch.tensor(int(flag))).item())
 
     def gather(self, items: list[T]) -> list[T]:
         """The items of every process, in order of rank, on every process."""
@@ -61,16 +61,16 @@ class Processes:
         return list(chain.from_iterable(everywhere))
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.count > 1:
             dist.barrier(group=self.group)
 
     def from_first(self, value: T) -> T:
-        """What the first process has, on every process."""
+        """The value of the first process, on every process."""
         return self.gather([value])[0]
 
     def first_does(self, work: Callable[[], T]) -> T:
-        """What the first process finds, on every process. Its error is the error of all, which else would wait for it."""
+        """Do work on the first process alone; its result, or its error, on every process."""
         found: list[T] = []
         with self.agreeing():
             if self.is_first:
@@ -79,9 +79,9 @@ class Processes:
 
     @contextmanager
     def agreeing(self) -> Iterator[None]:
-        """All processes leave the block well, or all with the same error of the tree: that of the first one that met any.
+        """Leave the block on all processes without an error, or on all with the first DpoError of any.
 
-        In the block there may be no exchange that a process with an error would not come to.
+        The block must have no exchange that a process with an error would not reach.
         """
         own: DpoError | None = None
         try:
@@ -90,7 +90,7 @@ class Processes:
             own = error
         errors = [error for error in self.gather([own]) if error]
         if own and errors[0].args == own.args:
-            raise own  # with where it came from
+            raise own  # with its traceback
         if errors:
             raise errors[0]
 
@@ -98,21 +98,22 @@ class Processes:
         """The mesh replicas × shards of all processes.
 
         Raises:
-            UsageError: they do not come out even.
+            UsageError: the number of processes is no multiple of `shards`.
         """
         if self.count % shards:
             raise UsageError(
                 f"--shards {shards}: {self.count} process(es) cannot be cut into groups of {shards}. Start a multiple of {shards}, "
                 "for example with torchrun --nproc-per-node."
             )
-        shape = (self.count // shards, shards)
-        return init_device_mesh(self.device.type, shape, mesh_dim_names=("replicate", "shard"))
+        ranks = torch.arange(self.count).view(-1, shards)
+        groups = [_subgroup(ranks.T), _subgroup(ranks)]
+        return DeviceMesh.from_group(groups, self.device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
     def team(self, size: int) -> "Processes":
-        """The processes that share one copy of a model with this one: it is with them alone that it keeps step.
+        """The processes that share one copy of a model with this one. They exchange among themselves only.
 
         Raises:
-            UsageError: the processes do not come out even.
+            UsageError: the number of processes is no multiple of `size`.
         """
         if size == 1:
             return Processes(0, 1, self.device)
@@ -120,11 +121,21 @@ class Processes:
         return Processes(mesh.get_local_rank(), size, self.device, mesh.get_group(), mesh)
 
 
+def _subgroup(ranks: Tensor) -> dist.ProcessGroup:
+    """The group of this process's row of `ranks`. `init_device_mesh` would give it the default time-out of 30 minutes."""
+    if len(ranks) == 1:
+        assert dist.group.WORLD
+        return dist.group.WORLD
+    group: dist.ProcessGroup
+    group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=TIMEOUT)  # type: ignore[no-untyped-call]
+    return group
+
+
 @contextmanager
 def init_processes(
     device: torch.device, launcher: Launcher = "torchrun", *, even_alone: bool = False
 ) -> Iterator[Processes]:
-    """Joins the process group that the launcher's environment names, and leaves it at the end.
+    """Join the process group that the launcher's environment names, and leave it at the end.
 
     Args:
         device: of this process.
@@ -132,19 +143,15 @@ def init_processes(
         even_alone: make a group of one where there is no launcher (sharding needs a group).
     """
     rank, count, _ = launched(launcher)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if count == 1 and not even_alone:
         yield Processes(0, 1, device)
         return
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    where: dict[str, Any] = {}
     if count == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        where = {"store": HashStore(), "rank": 0, "world_size": 1}
     elif launcher == "slurm":
-        meeting = f"tcp://{slurm_address()}"
-        dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=count, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        where = {"init_method": f"tcp://{slurm_address()}", "rank": rank, "world_size": count}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT, **where)
     try:
         yield Processes(rank, count, device)
     finally:

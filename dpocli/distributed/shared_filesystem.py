@@ -1,4 +1,4 @@
-"""Whether all processes of a run see the same output directory, looked at before anything depends on it."""
+"""Check that all processes of a run see the same output directory, before anything depends on it."""
 
 import secrets
 import time
@@ -10,16 +10,15 @@ from dpocli.errors import UsageError
 from dpocli.run.files import translating_file_errors
 
 PATIENCE_SECONDS = 60.0
-"""A network file system may tell that a directory is not there for so long after another machine has made it."""
+"""How long a network file system may hide a directory that another machine has made."""
 
 _NAME = ".seen-by-all-"
 
 
 def check_shared(directory: Path, processes: Processes) -> None:
-    """The first process writes a small file, and the others look for it. Every process must call it.
+    """Write a small file on the first process and look for it on all others. Collective: call on every rank.
 
-    Replicas need it as shards do: every process writes its share of the tensors of a checkpoint, so that one written
-    into several directories of the same name would nowhere be whole.
+    Replicas need it as shards do: every process writes its share of a checkpoint's tensors.
 
     Args:
         directory: that the first process has made.
@@ -48,7 +47,7 @@ def check_shared(directory: Path, processes: Processes) -> None:
 
 
 def appears(path: Path, sleep: Callable[[float], None] = time.sleep) -> bool:
-    """Whether something stands under this path, or does so after a moment: network file systems remember what was not."""
+    """Whether a path exists, now or within a minute: network file systems remember that it did not."""
     waited, pause = 0.0, 0.05
     while not path.exists():
         if waited >= PATIENCE_SECONDS:

@@ -1,4 +1,4 @@
-"""Asked to stop, by a signal: raised while there is nothing to save, from then on a flag that the work looks at."""
+"""Stop signals: an exception before there is anything to save, a polled flag after."""
 
 import signal
 from types import FrameType, TracebackType
@@ -6,27 +6,25 @@ from typing import Any, Self
 
 from dpocli.errors import StopSignal
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class EarlyStop:
-    """Signals while there is nothing to save yet. Made as the first thing in a process; a `StopFlag` takes over.
+    """Stop signals before there is anything to save. Made first in a process; a `StopFlag` takes over.
 
-    Inside `with` the first signal is raised, as Ctrl-C is; one that comes before waits until then, since only there an
-    error becomes an exit code.
+    The first signal inside `with` is raised, as Ctrl-C is. One that comes before waits until then, since an error becomes
+    an exit code only there.
     """
 
     def __init__(self) -> None:
         self.asked = False
         self._interrupted = self._is_inside = self._is_over = False
-        for number in ASKING:
+        for number in STOP_SIGNALS:
             signal.signal(number, self)
-        if (
-            signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        ):  # a shell lets jobs in the background ignore it
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
             signal.signal(signal.SIGINT, self)
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what a handler is given
+    def __call__(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the arguments of a handler
         if number == signal.SIGINT:
             self._interrupted = True
             return
@@ -49,16 +47,16 @@ class EarlyStop:
     ) -> None:
         self._is_over = True
 
-    def give_way(self) -> bool:
-        """Raises nothing any more. Whether a signal came by now: what was raised may have got lost in a library."""
+    def hand_over(self) -> bool:
+        """Stop raising. Whether a signal came before: a library may have swallowed what was raised."""
         self._is_over = True
         return self.asked
 
 
 class StopFlag:
-    """Whether a signal asked to stop. The handler sets a flag and nothing else; the work looks at it where it can.
+    """Whether a stop signal came. The handler only sets a flag, which the work polls where it can stop.
 
-    For use with `with`, in the main thread; leaving brings the earlier handlers back.
+    For use with `with`, in the main thread; leaving restores the earlier handlers.
     """
 
     def __init__(self) -> None:
@@ -66,9 +64,9 @@ class StopFlag:
         self._earlier: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._earlier = {number: signal.signal(number, self._set) for number in ASKING}
+        self._earlier = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
         for handler in self._earlier.values():
-            if isinstance(handler, EarlyStop) and handler.give_way():
+            if isinstance(handler, EarlyStop) and handler.hand_over():
                 self.is_set = True
         return self
 
@@ -79,5 +77,5 @@ class StopFlag:
     def __bool__(self) -> bool:
         return self.is_set
 
-    def _set(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - what a handler is given
+    def _set(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the arguments of a handler
         self.is_set = True

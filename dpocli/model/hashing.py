@@ -1,13 +1,12 @@
-"""What a model directory holds, by content: hashes of the weights files, remembered, and `config.json`."""
+"""Hashes of a model's files, remembered between starts, and differences between two recorded values."""
 
 import hashlib
 import json
-import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,89 +24,70 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SETTLED_SECONDS = 2.0
 """A file written so recently can change again without its modification time showing it."""
 
-_CONFIG_WITHOUT_MEANING = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_name_or_path",
-    "attn_implementation",
-    "dtype",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
+_NO_MEANING = {
+    *("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal"),
 }
-"""Where a model came from, how it was saved and how it is run: none of it decides what it computes in a given dtype."""
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+"""Fields of `config.json` that say where a model came from, how it was saved and how it is run, and change no value."""
 
 
 def digest_json(value: Any) -> str:
-    """sha256 of a value's canonical JSON, 64 hexadecimal digits."""
-    return hashlib.sha256(canonical_json(value).encode("utf-8", "surrogatepass")).hexdigest()
+    """sha256 of a value's JSON with sorted keys and no spaces: equal for equal values, 64 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-@dataclass
 class HashMemory:
-    """sha256 of files, remembered by path and by what the file system says of it, in a small JSON file.
+    """sha256 of weights files, remembered by path, size, times and inode.
 
-    Workers write it without a lock: the last one wins, and what is lost that way, or by damage, is hashed again.
+    `save` keeps them in a small JSON file. Workers write it without a lock: the last one wins, and what is lost that way,
+    or by damage, is hashed again.
     """
 
-    path: Path | None = None
-    """Where it is kept; None: nowhere."""
-    is_kept: bool = True
-    """Whether `save` writes; else what is known is only used."""
-    _known: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path
         self._known = self._read()
 
-    def recall(self, file: Path) -> str | None:
-        """The hash of a file that is as it was; None where it is not known."""
-        entry = self._known.get(str(file))
-        if not isinstance(entry, dict) or entry.get("state") != _state(file):
-            return None
-        sha256 = str(entry.get("sha256"))
-        return sha256 if entry.get("check") == _check(file, sha256) else None
+    def sha256(self, path: Path) -> str:
+        """The hash of a file: from the name of a hub blob, else remembered, else computed.
 
-    def sha256(self, file: Path) -> str:
-        """The hash of a file: recalled, else computed and noted (`save` keeps it)."""
-        if (recalled := self.recall(file)) is not None:
-            return recalled
-        before = _state(file)
-        sha256 = sha256_of_file(file)
-        if before == _state(file) and time.time() - before[1] / 1e9 > _SETTLED_SECONDS:
-            self._known[str(file)] = {
-                "state": before,
-                "sha256": sha256,
-                "check": _check(file, sha256),
-            }
+        Raises:
+            UsageError: the file cannot be read.
+        """
+        file = path.resolve()
+        if path.is_symlink() and file.parent.name == "blobs" and _SHA256.fullmatch(file.name):
+            return file.name  # the hub names the blobs of large files by their hashes
+        with translating_file_errors(f"Hashing {path}"):
+            before, entry = _state(file), self._known.get(str(file))
+            if isinstance(entry, dict) and entry.get("check") == _check(file, before, entry.get("sha256")):
+                return str(entry["sha256"])
+            sha256 = sha256_of_file(file)
+            if before == _state(file) and time.time() - before[1] / 1e9 > _SETTLED_SECONDS:
+                self._known[str(file)] = {"sha256": sha256, "check": _check(file, before, sha256)}
         return sha256
 
     def save(self) -> None:
-        """Keep what is known, beside what other workers kept meanwhile. A failure costs time later, nothing else."""
-        if self.path is None or not self.is_kept or not self._known:
-            return
+        """Write the hashes, beside those that other workers wrote meanwhile. A failure costs only time."""
         kept = self._read()
-        if kept | self._known == kept:
+        if self._path is None or kept | self._known == kept:
             return
-        try:
-            write_json(self.path, kept | self._known)
-        except DpoError:
-            return
+        with suppress(DpoError):
+            write_json(self._path, kept | self._known)
 
     def _read(self) -> dict[str, Any]:
-        content = read_json(self.path) if self.path else None
+        content = read_json(self._path) if self._path else None
         return content if isinstance(content, dict) else {}
 
 
-def _check(file: Path, sha256: str) -> str:
-    """What shows that an entry was damaged: a wrong hash that is believed would refuse a good cache for ever."""
-    return digest_json([str(file), sha256])[:16]
+def _check(file: Path, state: list[int], sha256: Any) -> str:
+    """Digest of an entry: it shows a changed file, and a damaged hash, which would refuse a good cache for ever."""
+    return digest_json([str(file), state, sha256])[:16]
+
+
+def _state(path: Path) -> list[int]:
+    """Size, time of the last write, time of the last change, inode. Archives and copies restore all but the third."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def sha256_of_file(path: Path) -> str:
@@ -122,25 +102,9 @@ def weights_hashes(model_dir: Path, hash_memory: HashMemory | None = None) -> di
     Raises:
         UsageError: there are no weights, or a file is missing or cannot be read.
     """
-    memory = hash_memory or HashMemory()
-    names = weights_files(model_dir)
-    threads = ThreadPoolExecutor(max_workers=min(len(names), MAX_THREADS))
-    with translating_file_errors(f"Hashing the weights in {model_dir}"), threads:
-        hashes = list(threads.map(lambda name: _hub_hash(model_dir / name) or _hash(model_dir / name, memory), names))
-    memory.save()
-    return dict(zip(names, hashes, strict=True))
-
-
-def file_hash(path: Path, memory: HashMemory) -> str:
-    """sha256 of one file of weights.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    with translating_file_errors(f"Hashing {path}"):
-        sha256 = _hub_hash(path) or _hash(path, memory)
-    memory.save()
-    return sha256
+    memory, names = hash_memory or HashMemory(), weights_files(model_dir)
+    with ThreadPoolExecutor(max_workers=min(len(names), MAX_THREADS)) as threads:
+        return dict(zip(names, threads.map(memory.sha256, [model_dir / name for name in names]), strict=True))
 
 
 def code_hashes(model_dir: Path) -> dict[str, str]:
@@ -149,36 +113,46 @@ def code_hashes(model_dir: Path) -> dict[str, str]:
         return {path.name: sha256_of_file(path) for path in sorted(model_dir.glob("*.py"))}
 
 
-def json_object(path: Path, mend: str) -> dict[str, Any]:
-    """A file that has to hold a JSON object; else UsageError, which ends with what mends it."""
+def json_object(path: Path, fix: str) -> dict[str, Any]:
+    """The JSON object of a file. Raise UsageError, which ends with `fix`, where the file has none."""
     with translating_file_errors(f"Reading {path}"):
         content = path.read_bytes()
     try:
         value = json.loads(content)
     except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({error}). {mend}") from None
+        raise UsageError(f"{path} is not JSON ({error}). {fix}") from None
     if not isinstance(value, dict):
-        raise UsageError(f"{path} holds no JSON object. {mend}")
+        raise UsageError(f"{path} holds no JSON object. {fix}")
     return value
 
 
 def meaningful_config(model_dir: Path) -> dict[str, Any]:
-    """`config.json` less the fields that say where the model came from and how it was saved, at every depth.
+    """`config.json` without the fields that change no value, at every depth.
 
     Raises:
         UsageError: there is no such file, or it is no JSON object.
     """
-    config = json_object(model_dir / "config.json", "Fetch or save the model again.")
-    return {name: _without(value) for name, value in config.items() if name not in _CONFIG_WITHOUT_MEANING}
+    config: dict[str, Any] = _meaning(json_object(model_dir / "config.json", "Fetch or save the model again."))
+    return config
+
+
+def _meaning(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _meaning(item) for name, item in value.items() if name not in _NO_MEANING}
+    return [_meaning(item) for item in value] if isinstance(value, list) else value
 
 
 def weights_files(model_dir: Path) -> list[str]:
-    """Names, sorted; the choice between a single file and an index as transformers makes it."""
+    """Names of the weights files, sorted. A single file goes before an index, as in transformers.
+
+    Raises:
+        UsageError: there are none, or one of them is missing.
+    """
     if (model_dir / "model.safetensors").exists():
         return ["model.safetensors"]
     index = read_json(model_dir / "model.safetensors.index.json")
     listed = index.get("weight_map") if isinstance(index, dict) else None
-    names: Iterable[str] = (
+    names = (
         map(str, listed.values())
         if isinstance(listed, Mapping)
         else (path.name for path in model_dir.glob("*.safetensors"))
@@ -196,34 +170,8 @@ def weights_files(model_dir: Path) -> list[str]:
     return found
 
 
-def _hub_hash(path: Path) -> str | None:
-    """The hash in the name of a hub snapshot's blob (`snapshots/…/model.safetensors` → `blobs/<sha256>`)."""
-    target = Path(os.path.realpath(path))
-    is_blob = path.is_symlink() and target.parent.name == "blobs" and _SHA256.fullmatch(target.name)
-    return target.name if is_blob else None
-
-
-def _hash(path: Path, memory: HashMemory) -> str:
-    return memory.sha256(path.resolve())
-
-
-def _state(path: Path) -> list[int]:
-    """Size, time of the last write, time of the last change of any kind, number on the disk.
-
-    The first two alone can be put back, as archives and copies do; the third cannot.
-    """
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def _without(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _without(item) for name, item in value.items() if name not in _CONFIG_WITHOUT_MEANING}
-    return [_without(item) for item in value] if isinstance(value, list) else value
-
-
 def content_differences(old: Sequence[ContentPart], new: Sequence[ContentPart]) -> list[str]:
-    """Of the data files: by content and order, never by name."""
+    """Differences between lists of data files, by content and order, never by name."""
     before, after = [(part.sha256, part.num_rows) for part in old], [(part.sha256, part.num_rows) for part in new]
     if before == after:
         return []
@@ -239,20 +187,17 @@ def _num_rows(parts: Sequence[ContentPart]) -> str:
     return f"{sum(part.num_rows for part in parts):,}"
 
 
-def file_differences(label: str, old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """Of files known by name and hash."""
-    words = {(True, True): "differs", (True, False): "is gone", (False, True): "is new"}
-    names = sorted(old.keys() | new.keys())
-    return [f"{label}: {name} {words[name in old, name in new]}" for name in names if old.get(name) != new.get(name)]
-
-
 def changes(name: str, old: Any, new: Any) -> list[str]:
-    """`name: old -> new` for every leaf that differs."""
+    """One line for every leaf that differs: `name: old -> new`, and for digests `name differs`, `is new` or `is missing`."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         prefix = f"{name}: " if name else ""
-        keys = list(dict.fromkeys([*old, *new]))
+        keys = dict.fromkeys([*old, *new])
         return [prefix + line for key in keys for line in changes(str(key), old.get(key), new.get(key))]
-    return [] if old == new else [f"{name}: {brief(old)} -> {brief(new)}"]
+    if old == new:
+        return []
+    if any(isinstance(value, str) and _SHA256.fullmatch(value) for value in (old, new)):
+        return [f"{name} {'is new' if old is None else 'is missing' if new is None else 'differs'}"]
+    return [f"{name}: {brief(old)} -> {brief(new)}"]
 
 
 def brief(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a model is made of: a base, an adapter on top of it, and how its weights are quantized, all told by content."""
+"""Identity of a model by content: base, adapter, quantization."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ from dpocli.model.hashing import (
     HashMemory,
     code_hashes,
     digest_json,
-    file_hash,
     json_object,
     meaningful_config,
     weights_hashes,
@@ -19,22 +18,11 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_ADAPTER_CONFIG_WITHOUT_MEANING = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "loftq_config",
-    "lora_dropout",
-    "lora_ga_config",
-    "peft_version",
-    "revision",
-    "runtime_config",
-    "task_type",
+_NO_MEANING = {
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config"),
+    *("corda_config", "eva_config", "init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "task_type"),
 }
-"""Where an adapter came from, how it began and how it was trained: none of it decides what it computes now."""
+"""Fields of `adapter_config.json` that say where an adapter came from and how it was trained, and change no value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +30,30 @@ class ModelFiles:
     """A model on this machine's disks."""
 
     directory: Path
-    """Of the base: `config.json` and the weights."""
+    """Directory of the base: `config.json` and the weights."""
     adapter: Path | None = None
     """Directory that peft wrote."""
     quantization: str | None = None
     runs_code: bool = False
-    """Whether Python files beside the model are run."""
+    """Whether `--trust-remote-code` runs Python files beside the model."""
     checkpoint: Path | None = None
-    """Of a training of this model or of an adapter on it: its weights take the place of those that are trained."""
+    """Checkpoint of a training run, whose weights replace the trained ones of the base or adapter."""
 
     @property
     def adapter_settings(self) -> Path | None:
-        """Where `adapter_config.json` of the adapter that belongs to the model lies; None where there is none."""
+        """Directory of the adapter's `adapter_config.json`; None for a model without an adapter."""
         if self.checkpoint:
             return self.checkpoint if (self.checkpoint / ADAPTER_CONFIG).is_file() else None
         return self.adapter
 
     def identity(self, hash_memory: HashMemory | None = None) -> "ModelIdentity":
-        """Of a saved model. Raises UsageError where weights or configurations are missing or cannot be read."""
+        """The identity of a saved model. Raise UsageError where weights or configurations cannot be read."""
         assert self.checkpoint is None
         memory = hash_memory or HashMemory()
         adapter = None
         if self.adapter:
             adapter = {
-                "weights": file_hash(self.adapter / ADAPTER_WEIGHTS, memory),
+                "weights": memory.sha256(self.adapter / ADAPTER_WEIGHTS),
                 "config": _meaning(adapter_config(self.adapter)),
             }
         return ModelIdentity(
@@ -79,7 +67,7 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """What decides the values that a model computes in a given dtype."""
+    """Everything that decides the values that a model computes in a given dtype."""
 
     weights: Mapping[str, str]
     """sha256 of each weights file, by name."""
@@ -90,25 +78,25 @@ class ModelIdentity:
     quantization: str | None
 
     def has_weights_of(self, other: "ModelIdentity") -> bool:
-        """Whether both load the same tensors, whatever their configurations say to do with them."""
+        """Whether both load the same tensors; their configurations may differ."""
         return (self.weights, self.adapter, self.quantization) == (other.weights, other.adapter, other.quantization)
 
     @property
     def weights_digest(self) -> str:
-        """Names the tensors that are loaded."""
+        """Digest of the tensors that are loaded."""
         if self.adapter is None and self.quantization is None:
             return digest_json(self.weights)
         return digest_json([self.weights, self.adapter, self.quantization])
 
     def settings_digest(self, files: ModelFiles) -> str:
-        """Names what else decides how the model of these files computes and is trained, beside the tensors."""
+        """Digest of what else decides how the model of these files computes and is trained."""
         # The dropout of an adapter changes no value that it computes, but every step that trains it.
         dropout = adapter_config(files.adapter).get("lora_dropout") if files.adapter else None
         return digest_json([self.config, self.code, dropout])
 
 
 def adapter_config(directory: Path) -> dict[str, Any]:
-    """`adapter_config.json` as it stands.
+    """The content of `adapter_config.json`.
 
     Raises:
         UsageError: there is none, or it is no JSON object.
@@ -117,10 +105,9 @@ def adapter_config(directory: Path) -> dict[str, Any]:
 
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Less what decides nothing, and what is off: later versions of peft write more fields, all of them off."""
+    """The settings that matter and are on: later versions of peft write more fields, all of them off."""
     return {
         name: sorted(value) if isinstance(value, list) and all(isinstance(entry, str) for entry in value) else value
         for name, value in sorted(config.items())
-        if name not in _ADAPTER_CONFIG_WITHOUT_MEANING
-        and not (value is None or value is False or value in ([], {}, "none"))
+        if name not in _NO_MEANING and not (value is None or value is False or value in ([], {}, "none"))
     }

@@ -1,4 +1,4 @@
-"""Models, processes, and the training loop."""
+"""Load a model in one dtype, set up to compute exactly what its configuration and `--dtype` say."""
 
 import ctypes
 import logging
@@ -18,17 +18,17 @@ from dpocli.model import lora
 from dpocli.model.identity import ModelFiles
 from dpocli.model.quantization import quantization_config, without_inference_kernels
 
-# Before any module of this floor can import it: bitsandbytes tells which kernels it has not, and of its casts at every layer.
+# Silence warnings and progress bars of libraries on stderr; bitsandbytes reports missing kernels when it is imported.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-# One voice on stderr: the bars and the chatter of the library would stand between our own lines.
 transformers_logging.disable_progress_bar()
-
 transformers_logging.set_verbosity_error()
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
+"""Numbers of glibc's malloc.h."""
 
 
 def pick_dtype(given: str | None, device: torch.device, *, recorded: str | None = None) -> torch.dtype:
-    """The one dtype of the forward pass: as given, else the cache's, else what the device is good at."""
+    """The dtype of the forward pass: the given one, else the cache's, else bfloat16 where the device has it."""
     if given or recorded:
         dtype = getattr(torch, given or recorded or "")
         assert isinstance(dtype, torch.dtype)
@@ -38,14 +38,13 @@ def pick_dtype(given: str | None, device: torch.device, *, recorded: str | None 
 
 
 def load_model(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode, on `device`, its parameters in `dtype` and its buffers left alone.
+    """Load a model in evaluation mode on `device`: parameters in `dtype`, buffers as they are, an adapter not merged.
 
-    An adapter stays beside the base, so that the arithmetic is the same here as while it is trained. The weights of a
-    checkpoint are read where the model has its place, by `frozen_scorer`.
+    The weights of a checkpoint are read later, by `frozen_scorer`.
 
     Raises:
         UsageError: the weights do not fit the configuration, the architecture is unknown, or an adapter or a quantization
-            cannot be had.
+            cannot be used.
     """
     model = load_base(files, options, dtype, device)
     if files.checkpoint and (settings := files.adapter_settings):
@@ -56,7 +55,7 @@ def load_model(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, dev
 
 
 def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """What `load_model` gives, without the adapter."""
+    """Load a model as `load_model` does, without the adapter."""
     settings: dict[str, Any] = {}
     if files.quantization:
         settings["quantization_config"] = quantization_config(files.quantization, dtype)
@@ -67,7 +66,7 @@ def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, devi
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
-            ignore_mismatched_sizes=True,  # to say which, below
+            ignore_mismatched_sizes=True,  # reported below by name
             output_loading_info=True,
             **settings,
         )
@@ -95,13 +94,13 @@ def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, devi
     model.eval()
     if files.quantization:
         without_inference_kernels(model)
-        return model  # which lies where it is already, and some kinds refuse to be told
+        return model  # already on its device, and some kinds refuse to be moved
     return model.to(device)
 
 
 def compute_exactly(model: PreTrainedModel, device: torch.device) -> None:
-    """Sets this process up to compute what the model and `--dtype` say."""
-    # TF32 products would round to 10 bits of mantissa, which is not what --dtype float32 says.
+    """Set this process up to compute what the model and `--dtype` say."""
+    # TF32 products would round to 10 bits of mantissa, against --dtype float32.
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
@@ -112,26 +111,27 @@ def compute_exactly(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:
-    """Sets every dropout, drop path and router jitter of the model to 0: in its modules, and in the configuration that
-    some of them read at every call (so whoever saves the model saves the configuration of before).
+    """Set every dropout, drop path and router jitter of the model to 0, in its modules and in its configuration.
+
+    Some modules read the configuration at every call, so a saved model needs the configuration from before.
 
     Args:
         model: to be changed.
-        but: what modules are left alone, by a part of their names.
+        but: a part of the names of modules to leave as they are.
 
     Returns:
-        What puts them back.
+        A function that restores them.
     """
     before: list[tuple[Any, str, float]] = []
-    for name_of_module, module in model.named_modules():
-        if but and but in name_of_module.split("."):
+    for path, module in model.named_modules():
+        if but and but in path.split("."):
             continue
-        if isinstance(module, nn.Dropout):
-            before.append((module, "p", module.p))
-            module.p = 0.0
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else []:
-                if isinstance(value, float) and any(word in name for word in ("drop", "jitter")):
+                is_rate = any(word in name for word in ("drop", "jitter")) or (
+                    name == "p" and isinstance(holder, nn.Dropout)
+                )
+                if isinstance(value, float) and is_rate:
                     before.append((holder, name, value))
                     setattr(holder, name, 0.0)
 
@@ -154,17 +154,10 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-"""Numbers of glibc's malloc.h."""
-
-
 def keep_freed_memory() -> None:
-    """For the rest of this process; does nothing where the C library is not glibc."""
-    if not sys.platform.startswith("linux"):
-        return
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is None:
-        return
-    set_option(_MMAP_MAX, 0)
-    set_option(_TRIM_THRESHOLD, 2**31 - 1)
-    set_option(_TOP_PAD, 64 * 2**20)
+    """Make glibc keep freed memory for this process, which saves page faults in every pass. Elsewhere do nothing."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform.startswith("linux") else None
+    if set_option is not None:
+        set_option(_MMAP_MAX, 0)
+        set_option(_TRIM_THRESHOLD, 2**31 - 1)
+        set_option(_TOP_PAD, 64 * 2**20)

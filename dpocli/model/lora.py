@@ -1,10 +1,10 @@
-"""LoRA adapters through peft: put on a base model, told apart from what is not one, written and merged."""
+"""LoRA adapters through peft: load, make, and check them; weights that an adapter's layer shares with others."""
 
 import copy
 import difflib
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+ALL_LINEAR = "all-linear"
+
+_CARRIERS = (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+_MAX_LISTED = 20
+
+
 def put_on(model: PreTrainedModel, directory: Path, *, trainable: bool = False) -> "PeftModel":
-    """The adapter of a directory on top of `model`, whose layers it changes in place.
+    """Load an adapter on top of `model`, whose layers it changes in place.
 
     Args:
         model: the base.
@@ -63,7 +70,7 @@ def put_on(model: PreTrainedModel, directory: Path, *, trainable: bool = False) 
 
 
 def blank(model: PreTrainedModel, settings: Path) -> None:
-    """An adapter on top of `model`, whose layers it changes in place; its weights are still to be read.
+    """Put an adapter without weights on top of `model`, whose layers it changes in place.
 
     Args:
         model: the base.
@@ -77,11 +84,11 @@ def blank(model: PreTrainedModel, settings: Path) -> None:
 
 
 def new(model: PreTrainedModel, options: LoraOptions, seed: int) -> "PeftModel":
-    """A new adapter on top of `model`, which changes no value yet: the second of its two matrices is zero.
+    """Put a new adapter on top of `model`. It changes no value yet, since the second of its two matrices is zero.
 
     LoRA (Hu et al. 2021); rsLoRA, whose scale is alpha/√rank (Kalajdzievski 2023); DoRA, which learns magnitude and
-    direction apart (Liu et al. 2024). Initialisations that change the base (PiSSA, OLoRA, LoftQ) are not offered: the
-    cached reference would be another model than the one that training starts from.
+    direction apart (Liu et al. 2024). Initialisations that change the base (PiSSA, OLoRA, LoftQ) are not offered: training
+    would start from another model than the cached reference.
 
     Args:
         model: the base, frozen.
@@ -89,8 +96,8 @@ def new(model: PreTrainedModel, options: LoraOptions, seed: int) -> "PeftModel":
         seed: draws the first matrices.
 
     Raises:
-        UsageError: a target is the name of no layer, or of one that cannot carry an adapter; the model could not hold the
-            merged weights that are asked for; or peft is not installed.
+        UsageError: a target names no layer, or one that cannot carry an adapter; --merge is given and the model could not
+            hold the merged weights; or peft is not installed.
     """
     peft = import_peft("--lora-rank")
     assert options.rank
@@ -105,14 +112,14 @@ def new(model: PreTrainedModel, options: LoraOptions, seed: int) -> "PeftModel":
         bias="none",
         task_type="CAUSAL_LM",
     )
-    check_names(model, targets)
-    problem = unfit(model, targets)
+    _check_names(model, targets)
+    misfit = _misfit(model, targets)
     torch.manual_seed(seed)
     try:
         with quietly():
             wrapped: PeftModel = peft.PeftModel(model, config, autocast_adapter_dtype=True)
     except ValueError as error:
-        what = problem or f"{brief_message(error)}."
+        what = misfit or f"{brief_message(error)}."
         raise UsageError(f"--lora-targets {','.join(targets)}: {what}") from error
     if options.merge and not can_be_merged(model):
         raise UsageError(
@@ -124,14 +131,14 @@ def new(model: PreTrainedModel, options: LoraOptions, seed: int) -> "PeftModel":
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without the warnings of libraries: what they warn of, we look for ourselves, or it is between them."""
+    """Silence the warnings of libraries; what matters of them is checked here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def import_peft(asked: str) -> Any:
-    """The peft library, or a UsageError that says how to get it."""
+    """Import peft, or raise UsageError with how to install it."""
     try:
         import peft
     except ImportError:
@@ -139,20 +146,8 @@ def import_peft(asked: str) -> Any:
     return peft
 
 
-ALL_LINEAR = "all-linear"
-
-_CARRIERS = (nn.Linear, nn.Embedding, Conv1D, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-
-_SHOWN = 20
-
-
-def check_names(model: PreTrainedModel, targets: list[str]) -> None:
-    """Raises UsageError where a target is the name of no layer: peft would leave it out as long as another is one.
-
-    Args:
-        model: the base, before any adapter.
-        targets: ends of names, whole parts of them; or `all-linear` alone.
-    """
+def _check_names(model: PreTrainedModel, targets: list[str]) -> None:
+    """Raise UsageError where a target names no layer: peft ignores it as long as another target is found."""
     if targets == [ALL_LINEAR]:
         return
     for target in targets:
@@ -160,20 +155,14 @@ def check_names(model: PreTrainedModel, targets: list[str]) -> None:
             continue
         asked = f"--lora-targets {','.join(targets)}: "
         if target.lower() == ALL_LINEAR:
-            raise UsageError(f"{asked}{ALL_LINEAR} stands alone. {_there_are(model)}")
-        names = _names(model)
-        near = difflib.get_close_matches(target, [*names, ALL_LINEAR], n=1)
+            raise UsageError(f"{asked}{ALL_LINEAR} must be the only target. {_there_are(model)}")
+        near = difflib.get_close_matches(target, [*_names(model), ALL_LINEAR], n=1)
         hint = f"; did you mean {near[0]}?" if near else "."
         raise UsageError(f"{asked}the model has no layer named {target}{hint} {_there_are(model)}")
 
 
-def unfit(model: PreTrainedModel, targets: list[str]) -> str | None:
-    """What to say of targets that cannot carry an adapter; None where all can.
-
-    Args:
-        model: the base, before any adapter.
-        targets: as for `check_names`.
-    """
+def _misfit(model: PreTrainedModel, targets: list[str]) -> str | None:
+    """The message for a target that cannot carry an adapter; None where all can."""
     for target in targets:
         for name, module in model.named_modules():
             if _is_meant(target, name) and not isinstance(module, _CARRIERS):
@@ -183,22 +172,19 @@ def unfit(model: PreTrainedModel, targets: list[str]) -> str | None:
 
 
 def _is_meant(target: str, name: str) -> bool:
-    """As peft compares a list of targets with the name of a module."""
+    """Whether a target names a module, as peft compares them."""
     return name == target or name.endswith(f".{target}")
 
 
 def _names(model: PreTrainedModel) -> list[str]:
-    """The last parts of the names of all layers that can carry an adapter, in the order of the model."""
-    return _once(name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, _CARRIERS))
+    """Last parts of the names of all layers that can carry an adapter, in the order of the model."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, _CARRIERS))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
 
 def _there_are(model: PreTrainedModel) -> str:
     names = _names(model)
-    return f"There are {', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''}, or {ALL_LINEAR}."
-
-
-def _once(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+    return f"There are {', '.join(names[:_MAX_LISTED])}{', …' if len(names) > _MAX_LISTED else ''}, or {ALL_LINEAR}."
 
 
 def has_tied_embeddings(model: PreTrainedModel) -> bool:
@@ -209,7 +195,7 @@ def has_tied_embeddings(model: PreTrainedModel) -> bool:
 
 
 def shared_under_adapters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Layers under an adapter whose weight belongs to other layers too: layer, name of the weight, weight."""
+    """Layer, name and weight of every layer under an adapter whose weight other layers share."""
     layers = list(model.modules())
     owners = Counter(id(weight) for layer in layers for weight in layer._parameters.values() if weight is not None)
     for layer in layers:
@@ -221,19 +207,16 @@ def shared_under_adapters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn
 
 
 def say_untied(model: PreTrainedModel) -> None:
-    """Writes into the configuration that input and output embeddings are two weights."""
+    """Set the configuration to untied input and output embeddings."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
 
 
 def can_be_merged(model: PreTrainedModel) -> bool:
-    """Whether the architecture has room for the weights of the base with its adapter added.
+    """Whether the architecture can hold the merged weights of `model`, which has its adapter.
 
-    Where the adapter lies on one of several layers that share a weight, each needs one of its own afterwards.
-
-    Args:
-        model: with its adapter.
+    Layers that shared a weight need separate ones where the adapter is on one of them.
     """
     if not has_tied_embeddings(model) or not any(True for _ in shared_under_adapters(model)):
         return True
@@ -243,6 +226,6 @@ def can_be_merged(model: PreTrainedModel) -> bool:
             say_untied(apart)
             other = type(model)._from_config(apart.config)
             other.tie_weights()
-    except Exception:  # code of any model: what this cannot tell, the check after merging can
+    except Exception:  # remote code may fail; the check after merging decides then
         return True
     return not has_tied_embeddings(other)

@@ -1,4 +1,4 @@
-"""An adapter added to the weights of its base, and how we know that the result is what was trained."""
+"""Add an adapter to the weights of its base, and check that the result computes the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,17 +14,16 @@ from dpocli.model.load import load_base
 from dpocli.model.lora import has_tied_embeddings, put_on, quietly, say_untied, shared_under_adapters
 
 _ROUNDING = 1e-4
-"""Nats per token that two ways through float32 may differ by, as in the step-0 check."""
+"""Nats per token by which two ways through float32 may differ, as in the step-0 check."""
 
 _SHARE = 0.05
-"""Of what the adapter changes. A merge that goes wrong is off by about all of that."""
+"""Tolerated share of the adapter's effect. A wrong merge is off by about the whole effect."""
 
 
 def merged_model(files: ModelFiles, adapter: Path, options: ModelOptions) -> PreTrainedModel:
     """The base with the adapter added to its weights, in float32 on the CPU.
 
-    Where the adapter lies on a layer that shares its weight with another, they no longer share it, and the configuration
-    says so: the other layer must stay as it was.
+    Where the adapter's layer shares its weight with another one, they are untied: the other layer must not change.
 
     Args:
         files: of the base.
@@ -32,7 +31,7 @@ def merged_model(files: ModelFiles, adapter: Path, options: ModelOptions) -> Pre
         options: how models are loaded.
 
     Raises:
-        NumericsError: the result computes something else than base and adapter do.
+        NumericsError: the result computes other log-probs than base and adapter.
     """
     model = load_base(files, options, torch.float32, torch.device("cpu"))
     alone = _logps(model)
@@ -49,12 +48,12 @@ def merged_model(files: ModelFiles, adapter: Path, options: ModelOptions) -> Pre
 
 
 def check_saved(directory: Path, weights: Mapping[str, Tensor], adapter: Path, options: ModelOptions) -> None:
-    """Raises NumericsError where a saved model cannot be loaded with the weights that it was saved with.
+    """Raise NumericsError where a saved model does not load with the weights that it was saved with.
 
     Args:
         directory: of the saved model.
         weights: name → tensor, all in the dtype in which they were saved.
-        adapter: directory of the adapter, which stays.
+        adapter: directory of the adapter, which the message names.
         options: how models are loaded.
     """
     dtype = next(iter(weights.values())).dtype
@@ -74,7 +73,7 @@ def check_saved(directory: Path, weights: Mapping[str, Tensor], adapter: Path, o
 
 
 def _check_merged(alone: Tensor | None, adapted: Tensor | None, merged: Tensor | None, adapter: Path) -> None:
-    """Raises NumericsError where log-probs of the merged model are not those of the base with the adapter."""
+    """Raise NumericsError where the merged model's log-probs differ from the base's with the adapter."""
     if alone is None or adapted is None or merged is None:
         return
     effect, difference = _distance(adapted, alone), _distance(adapted, merged)
@@ -86,19 +85,19 @@ def _check_merged(alone: Tensor | None, adapted: Tensor | None, merged: Tensor |
 
 
 def _logps(model: PreTrainedModel) -> Tensor | None:
-    """After each of a few tokens, shape (tokens, vocabulary); None where the model cannot be run here."""
+    """Log-probs after each of a few tokens, shape (tokens, vocabulary); None where the model cannot run here."""
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(0, vocabulary, max(1, vocabulary // 24))[:24]
     try:
         with torch.no_grad():
             logits: Tensor = model(input_ids=tokens[None], use_cache=False).logits
-    except Exception:  # code of any model, some of which needs CUDA
+    except Exception:  # remote code may fail, or need CUDA
         return None
     return logits[0].float().log_softmax(-1)
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """In nats, of the median token: rounding may send a token to another expert, and that one is then far off."""
+    """Nats at the median token: rounding may route a token to another expert, which is then far off."""
     return float((one - other).abs().mean(-1).median())
 
 

@@ -1,4 +1,4 @@
-"""Linear layers in few bits, through bitsandbytes: for references and bases that would not fit otherwise."""
+"""Quantization of linear layers through bitsandbytes, for references and bases that would not fit otherwise."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -10,11 +10,11 @@ from dpocli.errors import UsageError
 
 
 def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
-    """What transformers is told to quantize with.
+    """The quantization settings for transformers.
 
     `nf4` is QLoRA's 4-bit NormalFloat with double quantization (Dettmers et al. 2023); `int8` is LLM.int8() without its
-    outlier columns: those are found in all rows of a pass at once, so that the value of a token would depend on what is
-    scored beside it (measured: up to 0.8 nats), and no cache could hold it.
+    outlier columns: they are found over all rows of a pass, so a token's value would depend on what is scored with it
+    (measured: up to 0.8 nats), and no cache could hold it.
 
     Raises:
         UsageError: bitsandbytes is not installed.
@@ -36,10 +36,9 @@ def quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def without_inference_kernels(model: nn.Module) -> None:
-    """One arithmetic for a frozen model and for one with an adapter in training.
+    """Use the same arithmetic in evaluation as in training.
 
-    In evaluation mode alone, bitsandbytes would compute 4-bit layers by a bfloat16 kernel on CPUs that have one, whatever
-    the dtype of the forward pass.
+    In evaluation mode, bitsandbytes computes 4-bit layers by a bfloat16 kernel on CPUs that have one, in any dtype.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

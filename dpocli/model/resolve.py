@@ -1,4 +1,4 @@
-"""Where the model and the tokenizer of a command line lie: directories, adapters on top of them, snapshots of the hub."""
+"""Find the model and the tokenizer of a command line: directories, adapters, checkpoints, snapshots of the hub."""
 
 from pathlib import Path
 
@@ -9,27 +9,28 @@ from dpocli.errors import UsageError, brief_message
 from dpocli.model.hashing import json_object, meaningful_config
 from dpocli.model.identity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ModelFiles, adapter_config
 from dpocli.run.files import STATE_NAME
+from dpocli.run.output_check import PART_PATTERN
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tekken.json", "tokenization_*.py")
-"""One of them stands beside every model. Without any, transformers makes an empty tokenizer for some architectures."""
+"""Every tokenizer has one of these. Without any, transformers makes an empty tokenizer for some architectures."""
 
 _NOT_SHARDED = ("ensure_weight_tying",)
-"""Settings of peft: torch's `fully_shard` refuses the transposed weights that it makes."""
+"""Adapter settings that torch's `fully_shard` refuses: they make transposed weights."""
 
 _NOT_TRAINED = ("trainable_token_indices", *_NOT_SHARDED)
-"""All training goes through `fully_shard`, whose weights peft cannot copy the rows of single tokens into."""
+"""All training goes through `fully_shard`; peft cannot copy rows of single tokens into its weights."""
 
 
 def resolve_model(options: ModelOptions, *, checkpoints: bool = False, trains: bool = False) -> ModelFiles:
-    """What `--model` and `--adapter` name: a directory as given, or the hub's snapshot (from the local cache when offline).
+    """Find the files of `--model` and `--adapter`: a directory, or a hub snapshot (from the local cache when offline).
 
-    An adapter's directory given as `--model` stands for its base with the adapter on top.
+    An adapter's directory as `--model` means its base with the adapter on top.
 
     Args:
         options: what was given.
-        checkpoints: whether a checkpoint of a training is taken for the model as it was then.
+        checkpoints: whether a checkpoint of a training may be given, for the model at that step.
         trains: whether the model is to be trained, which some adapters do not allow.
 
     Raises:
@@ -66,7 +67,7 @@ def _directory(name: str, revision: str | None, asked: str) -> Path:
 
 
 def _trained_from(checkpoint: Path, options: ModelOptions) -> tuple[Path, Path | None]:
-    """The model that a checkpoint's weights belong into, and the adapter that its training began with."""
+    """The model of a checkpoint's training, and the adapter that the training began with."""
     asked = f"--model {checkpoint}: this is a checkpoint of a training"
     if options.adapter:
         raise UsageError(f"{asked}, so --adapter {options.adapter} has no place on it.")
@@ -76,13 +77,13 @@ def _trained_from(checkpoint: Path, options: ModelOptions) -> tuple[Path, Path |
             f"{asked} that does not say of which model; an earlier dpocli wrote it. Give OUT/model of its run."
         )
     if not Path(str(base)).is_dir():
-        raise UsageError(f"{asked} of {base}, which is not there. Put that model back in its place.")
+        raise UsageError(f"{asked} of {base}, which is not there. Put that model back.")
     adapter = state.get("base_adapter")
     return Path(str(base)), Path(str(adapter)) if adapter else None
 
 
 def _base_of(adapter: Path, options: ModelOptions, *, trains: bool = False) -> Path:
-    """The model that an adapter was made for, as the adapter remembers it."""
+    """The model that an adapter's configuration names as its base."""
     config = adapter_config(adapter)
     asked = f"--model {adapter}: this is an adapter"
     _check_adapter(adapter, asked, options, trains=trains)
@@ -122,17 +123,14 @@ def _check_model(directory: Path, asked: str) -> None:
             "directory of its own."
         )
     if not (directory / "config.json").is_file():
-        if any(directory.glob("rows-*.parquet")):
+        if any(directory.glob(PART_PATTERN)):
             raise UsageError(
                 f"{asked}: this is a reference cache, not a model. Give it as --reference, and as "
                 "--model the directory with config.json and the weights."
             )
-        mend = (
-            f"Did you mean {directory / 'model'}?"
-            if (directory / "model").is_dir()
-            else "Give the directory of a saved model."
-        )
-        raise UsageError(f"{asked}: there is no config.json in it, so it is no model directory. {mend}")
+        has_model = (directory / "model").is_dir()
+        fix = f"Did you mean {directory / 'model'}?" if has_model else "Give the directory of a saved model."
+        raise UsageError(f"{asked}: there is no config.json in it, so it is no model directory. {fix}")
     meaningful_config(directory)
     if not any(directory.glob("*.safetensors")):
         if pickled := sorted(path.name for pattern in _PICKLED for path in directory.glob(pattern)):
@@ -160,16 +158,16 @@ def _snapshot(name: str, revision: str | None, asked: str) -> Path:
 
 
 def load_tokenizer(model: ModelFiles, options: ModelOptions) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the adapter, where there is one, else beside the base."""
-    mend = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, …) of the model beside its weights."
+    """Load the adapter's tokenizer where it has one, else the base's."""
+    fix = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, …) of the model beside its weights."
     directory = model.adapter if model.adapter and _has_tokenizer(model.adapter) else model.directory
     if not _has_tokenizer(directory):
-        raise UsageError(f"--model {options.name}: there is no tokenizer in it. {mend}")
+        raise UsageError(f"--model {options.name}: there is no tokenizer in it. {fix}")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # the libraries raise errors of many kinds for damaged files
         raise UsageError(
-            f"--model {options.name}: its tokenizer cannot be loaded ({brief_message(error)}). {mend}"
+            f"--model {options.name}: its tokenizer cannot be loaded ({brief_message(error)}). {fix}"
         ) from error
 
 

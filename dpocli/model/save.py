@@ -1,4 +1,4 @@
-"""The model that a training leaves behind, as a directory that `from_pretrained` loads."""
+"""Save a trained model or adapter as a directory that `from_pretrained` loads, with its provenance."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 
 class Provenance(BaseModel):
-    """`dpocli.json` beside a trained model: how it came about, and what `evaluate` takes as defaults."""
+    """`dpocli.json` of a trained model: how it was trained, and the defaults of `evaluate`."""
 
     model_config = ConfigDict(frozen=True)
 
     format: int = 1
     loss: LossChoice | None = None
     loss_states: dict[str, dict[str, float]] = {}
-    """What losses with a memory knew at the end of the training."""
+    """States of losses that have one, at the end of the training."""
     trained_from: str | None = None
     quantization: str | None = None
-    """Of the base that an adapter was trained on."""
+    """Quantization of the base that an adapter was trained on."""
     reference_digest: str | None = None
-    """Of the reference that it was trained against; None without one."""
+    """Digest of the reference of the training; None without one."""
     step: int | None = None
-    """Of its training, after which it was saved."""
+    """The training step after which it was saved."""
     run: str | None = None
-    """Names the training: the same for all checkpoints of one, and for no other settings or pairs."""
+    """Digest of the training's settings and pairs, the same for all its checkpoints."""
 
     @classmethod
     def of(cls, model_directory: Path) -> "Provenance":
-        """Empty for models that dpocli did not train, or whose file it cannot read."""
+        """The provenance of a model; empty where dpocli did not train it, or the file cannot be read."""
         try:
             return cls.model_validate_json((model_directory / "dpocli.json").read_bytes())
         except (OSError, ValueError):
@@ -67,11 +67,11 @@ def save_model(
     dtype: torch.dtype,
     provenance: Provenance,
 ) -> None:
-    """Writes a model directory: weights in `dtype`, configuration, tokenizer with template, and `dpocli.json`.
+    """Write a model directory: weights in `dtype`, configuration, tokenizer with template, and `dpocli.json`.
 
     Args:
-        directory: to write; it is there whole or not at all.
-        model: gives the names; its own parameters are not looked at.
+        directory: to write, whole or not at all.
+        model: gives the names; its own parameters are not read.
         config: to be saved with it.
         weights: name → full tensor.
         buffers: name → tensor, saved in the dtype that they have.
@@ -99,10 +99,10 @@ def save_adapter(
     dtype: torch.dtype,
     provenance: Provenance,
 ) -> None:
-    """Writes a directory that peft loads: the adapter's weights in `dtype`, its configuration, and what stands beside it.
+    """Write a directory that peft loads: weights in `dtype`, configuration, tokenizer, and `dpocli.json`.
 
     Args:
-        directory: to write; it is there whole or not at all.
+        directory: to write, whole or not at all.
         adapter: gives the names and the configuration.
         files: of the base.
         weights: name in the base model → full tensor, of the adapter alone.
@@ -116,7 +116,7 @@ def save_adapter(
     with _replacing(directory) as temporary:
         with quietly():
             adapter.save_pretrained(temporary, state_dict=tensors, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)  # a form of peft's, with nothing filled in
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template
         tokenizer.save_pretrained(temporary)
         provenance.write(temporary)
 
@@ -129,13 +129,13 @@ def merge(
     tokenizer: PreTrainedTokenizerBase,
     provenance: Provenance,
 ) -> None:
-    """Writes the base with the adapter added to its weights, in the base's dtype: a model like any other.
+    """Write the base with the adapter added to its weights, in the base's dtype.
 
-    A base that was quantized while it was trained is merged as it was before, as is the custom: the merged model is not
-    what was trained, to the error of the quantization.
+    A base that was quantized for the training is merged unquantized, as is the custom: the merged model differs from the
+    trained one by the error of the quantization.
 
     Args:
-        directory: to write; it is there whole or not at all.
+        directory: to write, whole or not at all.
         files: of the base.
         adapter_directory: of the trained adapter.
         options: how models are loaded.
@@ -143,7 +143,7 @@ def merge(
         provenance: of the adapter.
 
     Raises:
-        NumericsError: the merged model is not what the base with the adapter is; it is not there then.
+        NumericsError: the merged model computes other values than the base with the adapter; nothing is written then.
     """
     whole = ModelFiles(files.directory, runs_code=files.runs_code)
     merged = merged_model(whole, adapter_directory, options)
@@ -153,7 +153,7 @@ def merge(
     buffers = {name: buffer for name, buffer in merged.named_buffers() if name in saved}
     with _replacing(directory) as temporary:
         merged.save_pretrained(temporary, state_dict=weights | buffers)
-        del merged  # two of them need not fit
+        del merged  # memory for two models is not needed
         check_saved(temporary, weights, adapter_directory, options)
         tokenizer.save_pretrained(temporary)
         provenance.write(temporary)
@@ -161,10 +161,10 @@ def merge(
 
 @contextmanager
 def _replacing(directory: Path) -> Iterator[Path]:
-    """A temporary directory that takes the place of `directory` at the end, synced; gone where that fails.
+    """A temporary directory that replaces `directory` at the end, synced; removed on an error.
 
     Raises:
-        ResourceError: there is no room. What was written is removed, so that there is for smaller files.
+        ResourceError: there is no room.
     """
     temporary = directory.with_name(f".{directory.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -173,16 +173,14 @@ def _replacing(directory: Path) -> Iterator[Path]:
             yield temporary
             for path in temporary.iterdir():
                 sync_file(path)
-            # Only the same run can have left one there: it was killed between its last two files.
+            # Only the same run can have left one: it was killed between its last two files.
             shutil.rmtree(directory, ignore_errors=True)
             temporary.rename(directory)
             sync_directory(directory.parent)
     except SafetensorError as error:  # it wraps the errors of the file system
-        shutil.rmtree(temporary, ignore_errors=True)
         raise ResourceError(
-            f"Writing {directory}: {brief_message(error)}. Make room on the disk; the same command line goes on from the last "
-            "checkpoint."
+            f"Writing {directory}: {brief_message(error)}. Make room on the disk, and rerun the same command to resume from "
+            "the last checkpoint."
         ) from error
-    except BaseException:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise

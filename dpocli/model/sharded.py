@@ -1,8 +1,4 @@
-"""A scorer spread over processes with torch's `fully_shard`, and its weights read piece by piece where they are needed.
-
-The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the root's
-forward, where it is a plain tensor. (The head in a group of its own gives silently wrong gradients.)
-"""
+"""Load a model for `fully_shard`: made without weights, and filled from the files after sharding."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +18,10 @@ from dpocli.model.load import compute_exactly, load_model
 
 
 def load_spread(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """A model to be given to `shard`: blank where `fill` can read its weights, else whole in the memory of the host.
+    """The model to give to `shard`: blank where `fill` can read its weights, else loaded whole on the host.
 
-    Some architectures are saved under other names than they have in memory (mixtures of experts, for one), and adapters
-    change the base's layers.
+    Whole are adapters, which change the base's layers, and architectures saved under other names than they have in memory,
+    such as mixtures of experts.
 
     Raises:
         UsageError: the model cannot be loaded.
@@ -39,7 +35,7 @@ def load_spread(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, de
 
 
 def check_spreadable(files: ModelFiles) -> None:
-    """Raises UsageError for quantized models."""
+    """Raise UsageError for quantized models."""
     if files.quantization:
         raise UsageError(
             f"--quantization {files.quantization}: quantized weights cannot be spread over processes. Leave out --shards and "
@@ -48,9 +44,9 @@ def check_spreadable(files: ModelFiles) -> None:
 
 
 def blank_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel | None:
-    """The model without its weights, which are on the meta device in `dtype`; its buffers are real.
+    """The model with parameters on the meta device in `dtype`, and with real buffers.
 
-    None where the weights do not stand in the files by the names and shapes that they have in memory.
+    None where the files do not have the weights by the names and shapes that they have in memory.
     """
     try:
         config = AutoConfig.from_pretrained(files.directory, trust_remote_code=files.runs_code)
@@ -58,7 +54,7 @@ def blank_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel | None
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=files.runs_code)
         stored = _stored_shapes(files)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError):
-        return None  # loading it whole finds the same, and words for it
+        return None  # loading it whole meets the same error, and reports it
     model.tie_weights()
     wanted = {name: tuple(tensor.shape) for name, tensor in _saved_tensors(model).items()}
     return model.eval() if wanted.items() <= stored.items() else None
@@ -67,7 +63,7 @@ def blank_model(files: ModelFiles, dtype: torch.dtype) -> PreTrainedModel | None
 def fill(
     root: nn.Module, model: PreTrainedModel, files: ModelFiles, device: torch.device, *, offload: bool = False
 ) -> None:
-    """Gives a sharded `blank_model` its weights. Each process reads its own pieces of the files and no more."""
+    """Read the weights of a sharded `blank_model`. Each process reads only its own shards from the files."""
     where = torch.device("cpu") if offload else device
 
     def material(tensor: Tensor) -> Tensor:
@@ -80,7 +76,7 @@ def fill(
 
 
 def _saved_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What a saved model holds, each tensor once."""
+    """The tensors of a saved model, each once."""
     saved = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
     return dict(model.named_parameters()) | buffers
@@ -96,7 +92,7 @@ def _stored_shapes(files: ModelFiles) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Parameters made in the block have no memory. Buffers have: they are small, and not all of them are in the files."""
+    """Make parameters in the block without memory. Buffers keep theirs: they are small, and some are not in the files."""
     plain = nn.Module.register_parameter
 
     def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

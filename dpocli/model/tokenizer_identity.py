@@ -1,4 +1,4 @@
-"""What a tokenizer means, whatever bytes its files consist of: a re-saved copy is the same, a changed merge is not."""
+"""Identity of a tokenizer by meaning: a re-saved copy is the same one, a changed merge makes another."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ _TOKEN_FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized", "spe
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """What a tokenizer does to text, whatever bytes its files consist of. Digests are sha256."""
+    """What a tokenizer does to text, independent of the bytes of its files. Digests are sha256."""
 
     num_ids: int
     """Largest token id + 1. The digests of the vocabulary and of the added tokens cover the ids below it."""
@@ -28,7 +28,7 @@ class TokenizerIdentity:
     pre_tokenizer: str
     added_tokens: str
     affixes: tuple[tuple[int, ...], tuple[int, ...]]
-    """Ids that it puts before and after a text by itself."""
+    """Ids that it adds before and after a text."""
     bos_token_id: int | None
     eos_token_id: int | None
     chat_template: Mapping[str, str]
@@ -68,30 +68,30 @@ class TokenizerIdentity:
 
     def id_differences(self, other: "TokenizerIdentity") -> list[str]:
         """Where the two give different ids for the same text, or different text for the same ids."""
-        names = {
-            "vocabulary": "vocabulary",
-            "model": "model",
-            "merges": "merges",
-            "normalizer": "normalizer",
-            "pre_tokenizer": "pre-tokenizer",
-            "added_tokens": "added tokens",
-        }
-        differ = [
-            f"tokenizer: {name} differs" for key, name in names.items() if getattr(self, key) != getattr(other, key)
-        ]
-        return [f"tokenizer: {line}" for line in changes("ids", self.num_ids, other.num_ids)] + differ
+        return changes("tokenizer", self._parts(), other._parts())
 
     def use_differences(self, other: "TokenizerIdentity") -> list[str]:
         """Where texts or conversations become different input although the ids mean the same."""
-        keys = ("affixes", "bos_token_id", "eos_token_id")
-        differ = [
-            f"tokenizer: {line}" for key in keys for line in changes(key, getattr(self, key), getattr(other, key))
-        ]
-        return differ + _template_differences(self.chat_template, other.chat_template)
+        before, after = (
+            {"affixes": each.affixes, "bos_token_id": each.bos_token_id, "eos_token_id": each.eos_token_id}
+            for each in (self, other)
+        )
+        return changes("tokenizer", before, after) + _template_differences(self.chat_template, other.chat_template)
+
+    def _parts(self) -> dict[str, Any]:
+        return {
+            "ids": self.num_ids,
+            "vocabulary": self.vocabulary,
+            "model": self.model,
+            "merges": self.merges,
+            "normalizer": self.normalizer,
+            "pre-tokenizer": self.pre_tokenizer,
+            "added tokens": self.added_tokens,
+        }
 
 
 def compare_tokenizer(stored: TokenizerIdentity, tokenizer: "PreTrainedTokenizerBase") -> tuple[list[str], list[str]]:
-    """What forbids to use a tokenizer with cached pairs, and what is only worth saying. Further ids are fine."""
+    """Differences that forbid a tokenizer for cached pairs, and those that only deserve a warning. More ids are fine."""
     live = TokenizerIdentity.of(tokenizer, num_ids=stored.num_ids)
     if (size := max(tokenizer.get_vocab().values(), default=-1) + 1) < stored.num_ids:
         return [f"tokenizer: ids: {stored.num_ids} -> {size}"], []
@@ -99,7 +99,7 @@ def compare_tokenizer(stored: TokenizerIdentity, tokenizer: "PreTrainedTokenizer
 
 
 def _backend(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
-    """The parts of a tokenizer as the `tokenizers` library writes them; for others as much as they tell."""
+    """The parts of a tokenizer as the `tokenizers` library writes them; of other tokenizers, what can be read."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         fast: dict[str, Any] = json.loads(backend.to_str())
@@ -114,7 +114,7 @@ def _backend(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 
 
 def _meaning(component: Any) -> Any:
-    """A part of a tokenizer less what has no meaning: unset parameters, offsets, sequences of one."""
+    """A part of a tokenizer without unset parameters, offsets, and sequences of one."""
     if isinstance(component, list):
         return [_meaning(item) for item in component]
     if not isinstance(component, dict):
@@ -127,7 +127,7 @@ def _meaning(component: Any) -> Any:
 
 
 def _affixes(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Found by what it does, since one effect has many representations (post-processors, flags, Python code)."""
+    """Found by a trial, since one effect has many representations (post-processors, flags, Python code)."""
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
     full = list(tokenizer("a")["input_ids"])
     for start in range(len(full) - len(plain) + 1):

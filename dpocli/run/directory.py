@@ -1,6 +1,5 @@
-"""The directory that a command writes, from its first look at it to the outcome that it leaves there."""
+"""The output directory of a command: one writer at a time, a heartbeat while it runs, the outcome when it ends."""
 
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from typing import Any, Self, TextIO
 from dpocli.config.options import Options
 from dpocli.config.parsing import dump_yaml
 from dpocli.console.console import without_nan
-from dpocli.errors import DpoError, ExitCode, UsageError, mark_recorded
+from dpocli.errors import DpoError, ExitCode, UsageError
 from dpocli.run.files import make_directory, read_json, translating_file_errors, try_lock, write_atomically, write_json
 from dpocli.run.metrics_log import MetricsLog
 from dpocli.run.status import (
@@ -21,28 +20,30 @@ from dpocli.run.status import (
     Outcome,
     Status,
     StatusFile,
-    is_alive,
+    holds_result,
     launch_name,
     new_status,
     shard_suffix,
+    writer_suffix,
 )
 
 HEARTBEAT_SECONDS = 10.0
 
 
 class RunDirectory:
-    """The output directory of a command, from `with` to its end. On ranks other than 0 nothing is written.
+    """The output directory of a command. Only rank 0 writes.
 
-    Entering creates it and refuses a second writer; leaving records the outcome, whatever it is.
+    Entering creates the directory and refuses a second writer; leaving records the outcome. The status of a finished
+    result stays as it is until `write_config`, which a command calls when it has accepted the start.
 
     Args:
         path: the directory.
         command: which of the three writes it.
         rank: number of this process.
-        shard: "I/N" of `precompute`; every shard has a status and a configuration of its own in the same directory.
-        companions: whether others may write beside this process, as workers of a cache do. One that finds another at
-            work has a status file of its own, and leaves the configuration to the other.
-        say: told when the start is delayed.
+        shard: "I/N" of `precompute`; every shard has its own status and configuration in the same directory.
+        companions: whether other processes may write at the same time, as workers of a cache do. An additional writer has
+            its own status file and writes no configuration.
+        say: called with a line when the start is delayed.
     """
 
     def __init__(
@@ -58,23 +59,22 @@ class RunDirectory:
     ) -> None:
         self.path = path
         self.metrics = MetricsLog(path / "metrics.jsonl", enabled=rank == 0)
-        self._is_writer = rank == 0
-        self._config_path = path / f"config{shard_suffix(shard)}.yaml"
-        self._file = StatusFile(path, shard)
-        self._failure_path = path / f".failure{shard_suffix(shard)}-{launch_name()}.json"
-        if rank == 0:
-            # As early as that: a process that is quicker may have failed before this one comes to its directory.
-            with suppress(OSError):
-                self._failure_path.unlink(missing_ok=True)
-        self._shard, self._companions = shard, companions
         self.is_companion = False
-        """Whether another writer was there first."""
+        """Whether another process was writing here first."""
+        self.started = time.monotonic()
+        self._is_writer, self._shard, self._companions = rank == 0, shard, companions
+        self._config_path = path / f"config{shard_suffix(shard)}.yaml"
+        self._failure_path = path / f".failure{shard_suffix(shard)}-{launch_name()}.json"
+        self._file = StatusFile(path, shard)
         self._status = new_status(command)
+        self._before = self._file.read()
+        self._is_accepted = not holds_result(path, shard)
+        if rank == 0:
+            with suppress(OSError):  # here, since another rank may fail before this one enters
+                self._failure_path.unlink(missing_ok=True)
         self._say, self._sleep = say, sleep
         self._lock: TextIO | None = None
-        self._began = time.time()
-        self.started = time.monotonic()
-        """When this process began with the directory, by the clock of `time.monotonic`."""
+        self._stop_after = self._status.started
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -94,14 +94,13 @@ class RunDirectory:
     ) -> None:
         self.metrics.close()
         outcome = Outcome.of(error)
-        if error is not None:
-            mark_recorded(error)
         if not self._is_writer:
             self._leave_failure(outcome)
             return
         self._ended.set()
         self._heart.join()
         self._status = replace(self._status, **asdict(self._with_failure_of_others(outcome)))
+        self._is_accepted |= outcome.state == "preempted"  # a stopped start is resumed, a refused one is not
         try:
             self._write_status()
         except (OSError, DpoError):
@@ -111,27 +110,8 @@ class RunDirectory:
             if self._lock:
                 self._lock.close()
 
-    def _leave_failure(self, outcome: Outcome) -> None:
-        """A failure of another process than the first: for the first to find, or into its status if it has ended well."""
-        if outcome.state != "failed":
-            return
-        with suppress(OSError, DpoError):
-            write_json(self._failure_path, asdict(outcome))
-            status = self._file.read()
-            ended_well = status is not None and status.state in ("done", "preempted")
-            if status is not None and ended_well and status.launch == launch_name():
-                self._file.write(replace(status, **asdict(outcome)))
-
-    def _with_failure_of_others(self, outcome: Outcome) -> Outcome:
-        """What the run came to: a process that went well, or was told to stop, gives way to one that failed."""
-        failure = read_json(self._failure_path)
-        if isinstance(failure, dict) and outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG):
-            with suppress(TypeError):
-                return Outcome(**failure)
-        return outcome
-
     def update(self, step: int | None = None, message: str | None = None, *, at_once: bool = False) -> None:
-        """Say how far the command is; it stands in `status.json` with the next heartbeat, or `at_once`."""
+        """Set the progress that the next heartbeat writes to `status.json`; `at_once` writes it now."""
         if step is not None:
             self._status = replace(self._status, step=step)
         if message is not None:
@@ -140,22 +120,22 @@ class RunDirectory:
             self._write_status()
 
     def stop_requested(self) -> bool:
-        """Whether somebody made (or touched) the file `OUT/stop` since this run began.
-
-        Nobody has to remove it: the same command line given again is younger than the request.
-        """
+        """Whether the file `OUT/stop` was made or touched since this run began; a later start ignores it."""
         try:
-            return (self.path / "stop").stat().st_mtime >= self._began
+            return (self.path / "stop").stat().st_mtime >= self._stop_after
         except OSError:
             return False
 
     def write_config(self, options: Options) -> None:
-        """Write `config.yaml`, which given back to --config reproduces the command."""
-        if self._is_writer and not self.is_companion:
-            write_atomically(self._config_path, dump_yaml(options, self._status.command))
+        """Accept the start: from now on it may change an earlier result. Write `config.yaml`, which --config takes."""
+        if self._is_writer:
+            self._is_accepted = True
+            self._write_status()
+            if not self.is_companion:
+                write_atomically(self._config_path, dump_yaml(options, self._status.command))
 
     def write_summary(self, summary: Mapping[str, Any], *, from_any: bool = False) -> None:
-        """Write `summary.json`; `from_any` process, where the first one may have ended before there was so much to say."""
+        """Write `summary.json`, `from_any` also on other ranks than 0, where the last to finish has the whole result."""
         if self._is_writer or from_any:
             write_json(self.path / "summary.json", without_nan(summary))
 
@@ -164,104 +144,91 @@ class RunDirectory:
         with translating_file_errors(f"Writing into --out {self.path}"):
             self._lock = self._file.lock_path.open("a")
         try:
-            try:
-                self._refuse_second_writer(self._lock)
-            except UsageError:
-                if not self._companions:
-                    raise
-                self._become_companion()
-        except BaseException:
+            self._refuse_second_writer(self._lock)
+            self._is_accepted = not holds_result(self.path, self._shard)
+        except BaseException as error:
             self._lock.close()
-            raise
+            if not (self._companions and isinstance(error, UsageError)):
+                raise
+            self._lock = None
+            self.is_companion = self._is_accepted = True
+            self._file = StatusFile(self.path, self._shard, writer_suffix(self._status))
 
     def _begin(self) -> None:
         self._write_status()
         if self._companions and not self.is_companion:
-            remove_dead_companions(self.path, self._shard)
-        self._began = self._file.path.stat().st_mtime  # by the clock of the file system, as that of `OUT/stop`
-
-    def _become_companion(self) -> None:
-        assert self._lock
-        self._lock.close()
-        self.is_companion = True
-        self._file = companion_file(self.path, self._shard, self._status)
-        self._failure_path = failure_path(self._file)
-        self._lock = self._file.lock_path.open("a")
-        try_lock(self._lock)
+            self._remove_dead_companions()
+        if self._is_accepted:
+            self._stop_after = self._file.path.stat().st_mtime  # in the clock of the file system, as that of `OUT/stop`
 
     def _refuse_second_writer(self, lock: TextIO) -> None:
-        """Raise unless this is the only live writer.
+        """Raise UsageError where another process writes the directory.
 
-        The lock decides where the file system has locks. A writer on another host whose heartbeat is fresh may have
-        been killed a moment ago: it is given a minute for a sign of life, so that a requeued job just goes on.
+        The lock decides where the file system has locks. A writer on another host may have been killed a moment ago: it
+        has a minute to show a heartbeat, so that a requeued job can start.
         """
-        if not try_lock(lock):
-            raise self._second_writer(self._file.read())
-        status = self._file.read()
-        if status is None or not is_alive(status):
-            return
-        if status.is_of_this_host:
-            raise self._second_writer(status)
+        has_lock, status = try_lock(lock), self._file.read()
+        if has_lock:
+            if status is None or not status.is_alive:
+                return
+            if not status.is_of_this_host and (status := self._changed_status(status)) is None:
+                return
+        is_known = status is not None and status.state == "running"
+        who = (
+            f"dpocli {status.command}, process {status.pid} on {status.host}"
+            if status and is_known
+            else "another process"
+        )
+        raise UsageError(
+            f"--out {self.path}: {who} is writing it. Wait for it to end, stop it with `touch {self.path}/stop`, "
+            "or give another directory."
+        )
+
+    def _changed_status(self, status: Status) -> Status | None:
+        """The next heartbeat of a writer on another host; None where none comes, or the writer has ended."""
         self._say(f"{self.path}: was being written on {status.host} a moment ago; waiting to see whether it still is.")
         for _ in range(int(DEAD_AFTER_SECONDS)):
             self._sleep(1.0)
             latest = self._file.read()
             if latest is None or latest.state != "running":
-                return
+                return None
             if latest.heartbeat != status.heartbeat:
-                raise self._second_writer(latest)
+                return latest
+        return None
 
-    def _second_writer(self, status: Status | None) -> UsageError:
-        who = f"dpocli {status.command}, process {status.pid} on {status.host}" if status else "another process"
-        return UsageError(
-            f"--out {self.path}: {who} is writing it. Wait for it to end, stop it with `touch {self.path}/stop`, "
-            "or give another directory."
-        )
+    def _remove_dead_companions(self) -> None:
+        """Remove the status files that additional writers of this shard left, however they ended."""
+        start = f"status{shard_suffix(self._shard)}"
+        for path in self.path.glob(f"{start}-*.json"):
+            name = path.name.removeprefix(start).removesuffix(".json")
+            status = StatusFile(self.path, self._shard, name).read()
+            if status and name == writer_suffix(status) and not status.is_alive and not status.is_of_this_process:
+                path.unlink(missing_ok=True)
+
+    def _leave_failure(self, outcome: Outcome) -> None:
+        """Record a failure on another rank than 0: in the status where rank 0 has ended well, else for it to find."""
+        status = self._file.read()
+        was_refused = not self._is_accepted and status == self._before
+        if outcome.state != "failed" or was_refused:
+            return
+        with suppress(OSError, DpoError):
+            write_json(self._failure_path, asdict(outcome))
+            if status and status.state in ("done", "preempted") and status.launch == launch_name():
+                self._file.write(replace(status, **asdict(outcome)))
+
+    def _with_failure_of_others(self, outcome: Outcome) -> Outcome:
+        """The failure of another rank, where this one finished, stopped, or met an error that it cannot explain."""
+        failure = read_json(self._failure_path)
+        if isinstance(failure, dict) and outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG):
+            with suppress(TypeError):
+                return Outcome(**failure)
+        return outcome
 
     def _write_status(self) -> None:
-        self._file.write(replace(self._status, heartbeat=time.time()))
+        if self._is_accepted:
+            self._file.write(replace(self._status, heartbeat=time.time()))
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError, DpoError):  # a full disk now may not be full at the next beat
+            with suppress(OSError, DpoError):  # a disk that is full now may have room at the next beat
                 self._write_status()
-
-
-def companion_file(directory: Path, shard: str, status: Status) -> StatusFile:
-    """Where the status of a companion stands."""
-    return StatusFile(directory, shard, f"-{status.host}-{status.pid}")
-
-
-def failure_path(file: StatusFile) -> Path:
-    """Where a companion's other ranks leave their failure."""
-    return file.path.with_name(f".failure-of-{file.path.name}")
-
-
-def remove_dead_companions(directory: Path, shard: str) -> None:
-    """Remove what the companions of a shard left behind whose process is gone, however it ended; nothing of living ones.
-
-    For the first writer of a shard. Whether one lives is judged by its status, and by its lock where there are locks.
-    """
-    name = re.compile(rf"\.status{re.escape(shard_suffix(shard))}(-.+-\d{{1,9}})\.lock")
-    for lock_path in sorted(directory.glob(".status*.lock")):
-        if found := name.fullmatch(lock_path.name):
-            _remove_if_dead(directory, shard, found[1])
-
-
-def _remove_if_dead(directory: Path, shard: str, companion: str) -> None:
-    file = StatusFile(directory, shard, companion)
-    # Without a status it was killed before it wrote one, or is about to.
-    status = file.read() or _of_this_host(companion)
-    if status is None or companion != f"-{status.host}-{status.pid}" or status.is_of_this_process or is_alive(status):
-        return
-    with suppress(OSError), file.lock_path.open("a") as lock:
-        if try_lock(lock):
-            for path in (failure_path(file), file.path, file.lock_path):
-                path.unlink(missing_ok=True)
-
-
-def _of_this_host(companion: str) -> Status | None:
-    """What is known of a companion by the name of its files alone; None where its process cannot be looked for here."""
-    here = new_status("")
-    host, _, pid = companion[1:].rpartition("-")
-    return replace(here, pid=int(pid), pid_started=None) if host == here.host else None

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and the errors of file systems in words."""
+"""Atomic and synced file writes, file locks, and file-system errors as errors of the tree."""
 
 import contextlib
 import errno
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,16 +14,17 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from dpocli.errors import DpoError, ResourceError, UsageError
+from dpocli.run.process import host_name, start_time
 
 STATE_NAME = "state.json"
 """File of a checkpoint directory that describes it."""
 
 ABANDONED_HERE_SECONDS = 60.0
-"""How long a temporary file of a process that is gone from this host stays. Not at once, since the host names of
-containers can be the same while each sees only its own processes; a living writer's file is younger than this."""
+"""Age from which a temporary file of a dead process of this host is removed. Containers may share a host name and see
+only their own processes; a live writer's file is younger than this."""
 
 ABANDONED_ELSEWHERE_SECONDS = 24 * 3600.0
-"""How long a temporary file of another host stays: nothing here takes a day to write."""
+"""The same for a process of another host: nothing here takes a day to write."""
 
 _TEMPORARY_NAME = re.compile(r"\..+~(?P<host>[^~]*)~(?P<pid>\d+)~[0-9a-f]+\.tmp")
 
@@ -36,7 +36,7 @@ _WRONG_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, er
 
 
 def write_atomically(path: Path, content: str | bytes | Callable[[BinaryIO], None]) -> None:
-    """Write a file so that under its name stands either what was there before or all of the new content, for good.
+    """Write and sync a file; at any moment its name has the old content or all of the new.
 
     Args:
         path: the file, in a directory that exists.
@@ -76,14 +76,14 @@ def sync_directory(directory: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no such thing
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a directory
             raise
     finally:
         os.close(descriptor)
 
 
 def make_directory(directory: Path) -> None:
-    """Create a directory with its parents, unless it is there.
+    """Create a directory with its parents, unless it exists.
 
     Raises:
         UsageError: the path is a file, or may not be written.
@@ -98,7 +98,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any | None:
-    """What a JSON file holds; None where there is no such file, or it is damaged."""
+    """The value of a JSON file; None where there is no such file, or it is damaged."""
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -106,7 +106,7 @@ def read_json(path: Path) -> Any | None:
 
 
 def remove_stale_temporaries(directory: Path) -> list[Path]:
-    """Remove what killed writers of `write_atomically` left behind, and nothing that a living one may still need."""
+    """Remove what killed writers of `write_atomically` left behind, and nothing that a live one may still need."""
     removed = []
     for path in sorted(directory.glob(".*.tmp")):
         with contextlib.suppress(OSError):
@@ -117,9 +117,9 @@ def remove_stale_temporaries(directory: Path) -> list[Path]:
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock a file until it is closed. False: somebody else has it. True also where the file system has no locks.
+    """Lock a file until it is closed. False: another process has it. True also where the file system has no locks.
 
-    A POSIX lock, since processes forked for other purposes do not inherit it: it dies with its owner.
+    A POSIX lock, which ends with its process and which forked processes do not inherit.
     """
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,35 +147,21 @@ def translated_file_error(error: OSError, attempt: str) -> DpoError:
     """The error of the tree that an OSError with an `errno` means."""
     found = f"{attempt} failed: {os.strerror(error.errno or 0).lower()}."
     if error.errno in _NO_ROOM:
-        return ResourceError(
-            f"{found} Make room (or raise the quota) and run the same line again; it goes on from here."
-        )
+        return ResourceError(f"{found} Make room (or raise the quota) and rerun the same command to resume.")
     if error.errno in _NOT_ALLOWED:
         return UsageError(f"{found} Use a directory that this user may read and write.")
     if error.errno in _WRONG_PATH:
         return UsageError(f"{found} Check the path.")
-    return ResourceError(f"{found} This comes from the file system; see to it, and run the same line again.")
+    return ResourceError(f"{found} This comes from the file system: check it, and rerun the same command.")
 
 
 def _is_abandoned(path: Path) -> bool:
     name = _TEMPORARY_NAME.fullmatch(path.name)
     if name is None:
         return False
-    age = time.time() - path.stat().st_mtime
-    if name["host"] == _host() and not _is_alive(int(name["pid"])):
-        return age > ABANDONED_HERE_SECONDS
-    return age > ABANDONED_ELSEWHERE_SECONDS
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
+    is_dead = name["host"] == _host() and start_time(int(name["pid"])) is None
+    return time.time() - path.stat().st_mtime > (ABANDONED_HERE_SECONDS if is_dead else ABANDONED_ELSEWHERE_SECONDS)
 
 
 def _host() -> str:
-    return re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+    return re.sub(r"[^A-Za-z0-9.-]", "-", host_name())

@@ -1,4 +1,4 @@
-"""`--out` before anything is written there: it is new, or what an earlier start of the same command left."""
+"""Check of `--out` before anything is written: it is new, or an earlier start of the same command wrote it."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,66 +17,41 @@ _WRITTEN = (
     *("config.yaml", "model", "checkpoints", "metrics.jsonl", "summary.json", "curves.png"),
     *("metrics.json", "pairs.parquet", "report.html", "plots", "pairs", "tensorboard", "wandb"),
 )
-"""What the commands write, so that it must not be there already from elsewhere."""
+"""What train and evaluate write, and must not overwrite where another program wrote it."""
 
 _BESIDE_PARTS = (
-    ".*",
-    "config*.yaml",
-    "status*.json",
-    "summary*.json",
-    "stop",
-    "scratch",
-    "*.log",
-    "*.out",
-    "*.err",
-    "*.txt",
-    "*.md",
+    *(".*", "config*.yaml", "status*.json", "summary*.json", "stop", "scratch"),
+    *("*.log", "*.out", "*.err", "*.txt", "*.md"),
 )
-"""What may lie in a directory that is to become a cache: what commands and shell scripts write there."""
+"""What a new cache's directory may hold: the files of commands and of shell scripts."""
 
 
 def check_out(out: Path, command: Command) -> None:
-    """Raises UsageError where `--out` is a file, or holds what this command did not write and would overwrite."""
+    """Raise UsageError where `--out` is a file, or holds what this command did not write and would overwrite."""
     with translating_file_errors(f"Looking at --out {out}"):
-        _check(out, command)
-
-
-def _check(out: Path, command: Command) -> None:
-    if not out.is_dir() and (out.exists() or out.is_symlink()):
-        what = "a file" if out.exists() else "a link that leads nowhere"
-        raise UsageError(f"--out {out}: this is {what}. Give a directory for what {command} writes.")
-    owner = _owner(out)
-    if owner == command:
-        return
-    if owner:
-        raise UsageError(f"--out {out}: it holds what `dpocli {owner}` wrote. Give {command} a directory of its own.")
-    if command == "precompute":
-        check_destination(out)
-        return
-    in_the_way = ", ".join(name for name in _WRITTEN if (out / name).exists())
-    found = "a reference cache" if any(out.glob(PART_PATTERN)) else in_the_way or describe_directory(out)
-    if found:
-        raise UsageError(
-            f"--out {out}: it holds {found}, which no earlier `dpocli {command}` wrote there. Give a new or an empty "
-            "directory."
-        )
-
-
-def _owner(out: Path) -> str | None:
-    """The command that wrote a directory: `config.yaml` begins with it, and before that is written the status has it."""
-    try:
-        first_line = (out / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    except (OSError, UnicodeDecodeError):
-        first_line = ""
-    words = first_line.replace(",", " ").split()
-    if words[:2] == ["#", "dpocli"] and len(words) > 2:
-        return words[2]
-    status = StatusFile(out).read()
-    return status.command if status else None
+        if not out.is_dir() and (out.exists() or out.is_symlink()):
+            what = "a file" if out.exists() else "a link that leads nowhere"
+            raise UsageError(f"--out {out}: this is {what}. Give a directory for what {command} writes.")
+        owner = _owner(out)
+        if owner and owner != command:
+            raise UsageError(
+                f"--out {out}: it holds what `dpocli {owner}` wrote. Give {command} a directory of its own."
+            )
+        if owner:
+            return
+        if command == "precompute":
+            check_destination(out)
+            return
+        written = ", ".join(name for name in _WRITTEN if (out / name).exists())
+        if found := "a reference cache" if any(out.glob(PART_PATTERN)) else written or describe_directory(out):
+            raise UsageError(
+                f"--out {out}: it holds {found}, which no earlier `dpocli {command}` wrote there. Give a new or an empty "
+                "directory."
+            )
 
 
 def check_destination(directory: Path) -> None:
-    """Refuse a directory that is something else than a cache; to be called before anything is written there.
+    """Refuse a directory for a cache that is something else.
 
     Raises:
         UsageError: it is a file, a model directory, the output of a run, or holds unrelated files.
@@ -85,10 +60,8 @@ def check_destination(directory: Path) -> None:
         raise UsageError(f"--out {directory}: this is a file. Give a directory for the reference cache.")
     if not directory.exists() or any(directory.glob(PART_PATTERN)):
         return
-    if (what := describe_directory(directory)) is not None:
-        raise UsageError(
-            f"--out {directory}: this is {what}, not a reference cache. Choose a directory of its own for it."
-        )
+    if what := describe_directory(directory):
+        raise UsageError(f"--out {directory}: this is {what}, not a reference cache. Give the cache its own directory.")
     names = sorted(path.name for path in directory.iterdir())
     if others := [name for name in names if not any(fnmatch(name, pattern) for pattern in _BESIDE_PARTS)]:
         raise UsageError(
@@ -98,8 +71,21 @@ def check_destination(directory: Path) -> None:
 
 
 def describe_directory(directory: Path) -> str | None:
-    """What a directory is that is no cache, where its files tell; None otherwise."""
+    """Name what a directory without a cache is, as far as its files show; else None."""
     if (directory / "config.json").is_file() or any(directory.glob("*.safetensors")):
         return "a model directory"
     is_run = any((directory / name).exists() for name in ("model", "checkpoints", "metrics.jsonl", "pairs.parquet"))
     return "the output directory of a run" if is_run else None
+
+
+def _owner(out: Path) -> str | None:
+    """The command that wrote a directory: in the first line of `config.yaml`, and before that exists in the status."""
+    try:
+        first_line = (out / "config.yaml").read_text(encoding="utf-8").partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        first_line = ""
+    words = first_line.replace(",", " ").split()
+    if words[:2] == ["#", "dpocli"] and len(words) > 2:
+        return words[2]
+    status = StatusFile(out).read()
+    return status.command if status else None

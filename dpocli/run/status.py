@@ -1,22 +1,24 @@
-"""`status.json`: who is writing a directory, how it ended, and whether the writer lives.
+"""`status.json`: which process writes a directory, whether it is alive, and how it ended.
 
 Launchers swallow exit codes (torchrun turns every one into 1), so scripts read the outcome here.
 """
 
 import hashlib
 import os
-import socket
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from dpocli.errors import DpoError, ExitCode, classify
-from dpocli.run.files import read_json, write_json
+from dpocli.run.files import write_json
+from dpocli.run.process import boot_id, host_name, start_time
 
 DEAD_AFTER_SECONDS = 60.0
-"""A writer on another host that has been silent for so long is taken for dead."""
+"""A writer on another host is dead when its heartbeat has not changed for so long."""
 
 State = Literal["running", "done", "preempted", "failed"]
 
@@ -40,7 +42,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What stands in `status.json`. Times are seconds since 1970."""
+    """The content of `status.json`. Times are seconds since 1970."""
 
     command: str
     state: State
@@ -49,137 +51,114 @@ class Status:
     message: str
     host: str
     boot: str | None
-    """What the system calls its time since it was started: host names of containers may be the same."""
-    pid: int
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
     pid_started: int | None
-    """When the system started that process, so that another with the same number is not taken for it."""
+    """Start time of the process, since the system gives its number to another one later."""
     started: float
     heartbeat: float
     launch: str = ""
-    """Which processes belong together."""
+    """`launch_name` of the process."""
 
     @property
     def is_of_this_host(self) -> bool:
-        return (self.host, self.boot) == (socket.gethostname(), _boot())
+        return (self.host, self.boot) == (host_name(), boot_id())
 
     @property
     def is_of_this_process(self) -> bool:
-        return self.is_of_this_host and (self.pid, self.pid_started) == (os.getpid(), process_start(os.getpid()))
+        return self.is_of_this_host and (self.pid, self.pid_started) == (os.getpid(), start_time(os.getpid()))
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its writer is: on this host by process number and start time, on another one by the heartbeat."""
+        if self.state != "running":
+            return False
+        if not self.is_of_this_host:
+            return time.time() - self.heartbeat < DEAD_AFTER_SECONDS
+        started = start_time(self.pid)
+        return started is not None and self.pid_started in (None, started)
 
 
-def shard_suffix(shard: str) -> str:
-    """What tells the files of several shards in one directory apart; nothing where there is only one."""
-    return "" if shard.endswith("/1") else "-" + shard.replace("/", "-of-")
+_STATUS = TypeAdapter(Status)
 
 
 class StatusFile:
-    """`status.json`: one for each writer that may work beside others, as the shards of `precompute` do."""
+    """One `status.json`, or that of a shard of `precompute`, or of an additional writer of it."""
 
-    def __init__(self, directory: Path, shard: str = "0/1", companion: str = "") -> None:
-        name = f"status{shard_suffix(shard)}{companion}"
+    def __init__(self, directory: Path, shard: str = "0/1", writer: str = "") -> None:
+        name = f"status{shard_suffix(shard)}{writer}"
         self.path = directory / f"{name}.json"
         self.lock_path = directory / f".{name}.lock"
 
     def read(self) -> Status | None:
-        """What stands there; None where there is nothing that makes sense."""
+        """The status; None where there is none, or the file is damaged."""
         try:
-            status = Status(**(read_json(self.path) or {}))
-        except TypeError:
+            return _STATUS.validate_json(self.path.read_bytes())
+        except (OSError, ValidationError):
             return None
-        return status if _makes_sense(status) else None
 
     def write(self, status: Status) -> None:
         write_json(self.path, asdict(status))
 
 
-def _makes_sense(status: Status) -> bool:
-    """Whether the values are of the types that are written: anybody may have edited the file."""
-    numbers = (status.step, status.started, status.heartbeat)
-    return (
-        all(isinstance(text, str) for text in (status.command, status.state, status.message, status.host))
-        and all(isinstance(number, int | float) for number in numbers)
-        and isinstance(status.pid, int)
-        and 0 < status.pid < 2**31
-    )
+def shard_suffix(shard: str) -> str:
+    """What the names of a shard's files end with: nothing for the only shard, else `-0-of-2`."""
+    return "" if shard.endswith("/1") else "-" + shard.replace("/", "-of-")
+
+
+def writer_suffix(status: Status) -> str:
+    """What the name of an additional writer's status ends with."""
+    return f"-{status.host}-{status.pid}"
 
 
 def new_status(command: str) -> Status:
     """The status of a command that this process begins."""
-    pid = os.getpid()
+    pid, now = os.getpid(), time.time()
     return Status(
         command=command,
         state="running",
         exit_code=None,
         step=0,
         message="",
-        host=socket.gethostname(),
-        boot=_boot(),
+        host=host_name(),
+        boot=boot_id(),
         pid=pid,
-        pid_started=process_start(pid),
-        started=time.time(),
-        heartbeat=time.time(),
+        pid_started=start_time(pid),
+        started=now,
+        heartbeat=now,
         launch=launch_name(),
     )
 
 
 def launch_name() -> str:
-    """The same on all processes that one launcher started together, and on no others; empty without one."""
+    """The same on all processes that one launcher started together, and on no others; empty without a launcher."""
     torchrun = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
     found = [os.environ.get(name, "") for name in (*torchrun, "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
     return hashlib.sha256("/".join(found).encode()).hexdigest()[:12] if any(found) else ""
 
 
-def is_alive(status: Status) -> bool:
-    """Whether the writer of a status lives: here the process is looked for, elsewhere only its heartbeat is seen."""
-    if status.state != "running":
-        return False
-    if status.is_of_this_host:
-        return _process_exists(status.pid) and status.pid_started in (None, process_start(status.pid))
-    return time.time() - status.heartbeat < DEAD_AFTER_SECONDS
+def holds_result(directory: Path, shard: str = "0/1") -> bool:
+    """Whether a directory holds a finished result, which only an accepted start may change.
 
-
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return not _is_zombie(pid)
-
-
-def _is_zombie(pid: int) -> bool:
-    """Whether it has ended and only nobody has waited for it, as in containers whose first process does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except (OSError, IndexError):
-        return False
-
-
-def process_start(pid: int) -> int | None:
-    """Clock ticks from boot to the start of a process; None where the system does not tell."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rpartition(")")[2].split()[19])
-
-
-def _boot() -> str | None:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
+    Where this shard has no status yet, that of any other shard counts: they fill one cache.
+    """
+    if (own := StatusFile(directory, shard).read()) is not None:
+        return own.state == "done"
+    names = [path.name.removesuffix(".json").removeprefix("status") for path in directory.glob("status*.json")]
+    return any((other := StatusFile(directory, writer=name).read()) and other.state == "done" for name in names)
 
 
 def record_failure(directory: Path, outcome: Outcome, command: str, shard: str = "0/1") -> None:
-    """Note a failure in a directory that an earlier start of the same command wrote.
+    """Record a failure from before `RunDirectory` was entered, so that a script does not requeue for ever.
 
-    Not where somebody is writing it, or has just noted it.
+    Only over the status of an earlier start of the same command that was stopped or failed: a finished result, a live
+    writer, and what this process has recorded itself stay.
     """
+    now = new_status(command)
     file = StatusFile(directory, shard)
-    before = file.read()
-    if before is None or before.command != command or is_alive(before) or before.is_of_this_process:
+    before, additional = file.read(), StatusFile(directory, shard, writer_suffix(now)).read()
+    if before is None or before.command != command or before.state == "done" or before.is_alive:
+        return
+    if any(status and status.is_of_this_process for status in (before, additional)):
         return
     with suppress(OSError, DpoError):
-        file.write(replace(new_status(command), step=before.step, **asdict(outcome)))
+        file.write(replace(now, step=before.step, **asdict(outcome)))

@@ -1,16 +1,16 @@
-"""The block mask of a row of segments, for FlexAttention: one kernel for the whole row, and no work between segments.
+"""FlexAttention block masks for one row of many segments: a document mask in which branches also see their trunk.
 
-Made from the segments themselves, block by block, rather than by asking a function about every pair of tokens.
+Built from the lengths of the segments, block by block, rather than by evaluating `mask_mod` on every pair of tokens as
+`create_block_mask` does.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
@@ -19,23 +19,32 @@ from dpocli.data.batch import transfer
 from dpocli.scoring.layout import Segment
 
 BLOCK = 128
+"""Tokens along each side of a block; FlexAttention's default."""
 
 TRUNK = -1
+"""Branch number of the tokens of a trunk."""
 
 NO_WINDOW = 2**30
 
-KERNELS = 64
-"""Shapes that are compiled before the compiler gives up; it counts few by itself, and then silently makes all scores."""
+MAX_KERNELS = 64
+"""Compiled variants of the kernel. Beyond torch's default of 8, dynamo silently falls back to eager attention, which
+materializes all scores."""
 
 
 def try_kernel(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, *, backward: bool) -> None:
-    """Compiles and runs the kernel for a small row of the model's shape, alone.
+    """Compile and run FlexAttention on one small row with the model's head count and head size.
+
+    Args:
+        model: its configuration gives the shapes.
+        device: a CUDA device.
+        dtype: of query, key and value.
+        backward: also run the backward pass.
 
     Raises:
         Exception: whatever a missing compiler, or a device without resources for the kernel, raises.
     """
     limits = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, KERNELS)
+    limits.recompile_limit = max(limits.recompile_limit, MAX_KERNELS)
     limits.fail_on_recompile_limit_hit = True
     config = model.config.get_text_config()
     heads, key_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", config.num_attention_heads)
@@ -46,158 +55,136 @@ def try_kernel(model: PreTrainedModel, device: torch.device, dtype: torch.dtype,
         torch.randn(1, count, length, size, device=device, dtype=dtype, requires_grad=backward)
         for count in (heads, key_heads, key_heads)
     )
-    output = BlockMasks(segments, device).attention(model, query, key, value, 0.0, None, {})
+    mask = BlockMasks(segments, device).of(None)
+    output, _ = flex_attention_forward(model, query, key, value, mask)
     if backward:
-        output.float().sum().backward()  # type: ignore[no-untyped-call]
-    float(output.detach().float().sum())  # waits for the device, which reports late
+        output.float().sum().backward()
+    float(output.detach().float().sum())  # synchronizes: errors of CUDA kernels are asynchronous
 
 
-class _Run(NamedTuple):
-    """Tokens of one segment and one branch (or trunk), side by side in the row."""
+class _Span(NamedTuple):
+    """Consecutive tokens of the row that belong to one trunk or one branch."""
 
     start: int
     stop: int
     segment: int
     branch: int
     position: int
-    """Of the first token, in its sequence."""
+    """Position id of the first token."""
 
-    def sees(self, other: "_Run") -> bool:
+    def sees(self, other: "_Span") -> bool:
         return self.segment == other.segment and other.branch in (TRUNK, self.branch)
 
     @property
-    def touched(self) -> slice:
-        """Blocks that hold one of the tokens."""
+    def touched_blocks(self) -> slice:
+        """Blocks with at least one token of the span."""
         return slice(self.start // BLOCK, (self.stop - 1) // BLOCK + 1)
 
     @property
-    def filled(self) -> slice:
-        """Blocks that hold nothing else."""
+    def whole_blocks(self) -> slice:
+        """Blocks with no other token."""
         first = -(-self.start // BLOCK)
         return slice(first, max(first, self.stop // BLOCK))
 
 
-def _runs(segments: tuple[Segment, ...]) -> Iterator[_Run]:
+def _spans(segments: tuple[Segment, ...]) -> Iterator[_Span]:
     start = 0
     for index, segment in enumerate(segments):
         lengths = [(TRUNK, segment.trunk, 0)] if segment.trunk else []
-        lengths += [(branch, length, segment.trunk) for branch, length in enumerate(segment.branches)]
+        lengths += [(branch, length, segment.trunk) for branch, length in enumerate(segment.branches) if length]
         for branch, length, position in lengths:
-            yield _Run(start, start + length, index, branch, position)
+            yield _Span(start, start + length, index, branch, position)
             start += length
 
 
-@dataclass(slots=True)
-class _Tokens:
-    """Per token of the row, shape (tokens,)."""
-
-    segment: Tensor
-    branch: Tensor
-    position: Tensor
-
-
 class BlockMasks:
-    """The block masks of one row, one for each window that its layers have."""
+    """The block masks of one row, one for each sliding window of the model's layers.
+
+    Args:
+        segments: of the row.
+        device: where attention is computed.
+    """
 
     def __init__(self, segments: tuple[Segment, ...], device: torch.device) -> None:
-        self._runs = [run for run in _runs(segments) if run.stop > run.start]
+        self._spans = list(_spans(segments))
         self._device = device
-        lengths = torch.tensor([run.stop - run.start for run in self._runs])
+        lengths = torch.tensor([span.stop - span.start for span in self._spans])
 
         def per_token(values: list[int]) -> Tensor:
             return transfer(torch.tensor(values, dtype=torch.int32).repeat_interleave(lengths), device)
 
-        starts = per_token([run.start - run.position for run in self._runs])
-        self._tokens = _Tokens(
-            segment=per_token([run.segment for run in self._runs]),
-            branch=per_token([run.branch for run in self._runs]),
-            position=torch.arange(len(starts), dtype=torch.int32, device=device) - starts,
-        )
+        self._segment = per_token([span.segment for span in self._spans])
+        self._branch = per_token([span.branch for span in self._spans])
+        offsets = per_token([span.start - span.position for span in self._spans])
+        self._position = torch.arange(len(offsets), dtype=torch.int32, device=device) - offsets
         self._masks: dict[int | None, BlockMask] = {}
 
-    def attention(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        dropout: float,
-        scaling: float | None,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """Arguments and result as for `segment_attention`; soft caps and sinks are the library's business."""
-        mask = self.of(options.get("sliding_window"))
-        output: Tensor = flex_attention_forward(
-            module, query, key, value, mask, scaling=scaling, dropout=dropout, **options
-        )[0]
-        return output
-
     def of(self, window: int | None) -> BlockMask:
-        """The mask of layers that look no further back than `window` tokens."""
+        """Mask of layers with this sliding window (tokens; None: unlimited), built on first use."""
         if window not in self._masks:
-            self._masks[window] = self._make(window)
+            self._masks[window] = self._build(window)
         return self._masks[window]
 
-    def sees(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Which token sees which: a function of batch, head, query and key."""
-        segment, branch, position = self._tokens.segment, self._tokens.branch, self._tokens.position
+    def mask_mod(self, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """FlexAttention's `mask_mod` (batch, head, query, key) → bool, for the tokens of partial blocks."""
+        segment, branch, position = self._segment, self._branch, self._position
         # A tensor, so that the kernel is compiled once for all windows and none.
         reach = transfer(torch.tensor(NO_WINDOW if window is None else window, dtype=torch.int32), self._device)
 
-        def seen(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def sees(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             distance = position[query] - position[key]
-            of_mine = (branch[key] == TRUNK) | (branch[key] == branch[query])
-            return (segment[query] == segment[key]) & of_mine & (distance >= 0) & (distance < reach)
+            same_sequence = (branch[key] == TRUNK) | (branch[key] == branch[query])
+            return (segment[query] == segment[key]) & same_sequence & (distance >= 0) & (distance < reach)
 
-        return seen
+        return sees
 
-    def _make(self, window: int | None) -> BlockMask:
-        length = self._runs[-1].stop
-        touched, filled = _blocks(self._runs, -(-length // BLOCK), window)
-        some_count, some_index = _as_lists(touched & ~filled, self._device)
-        full_count, full_index = _as_lists(filled, self._device)
+    def _build(self, window: int | None) -> BlockMask:
+        length = self._spans[-1].stop
+        visible, full = _blocks(self._spans, -(-length // BLOCK), window)
         return BlockMask.from_kv_blocks(
-            some_count,
-            some_index,
-            full_count,
-            full_index,
+            *_block_lists(visible & ~full, self._device),
+            *_block_lists(full, self._device),
             BLOCK_SIZE=BLOCK,
-            mask_mod=self.sees(window),
+            mask_mod=self.mask_mod(window),
             seq_lengths=(length, length),
         )
 
 
-def _blocks(runs: list[_Run], count: int, window: int | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Blocks in which a token may see another, and blocks in which every token sees every other. Shape (count, count).
+def _blocks(spans: list[_Span], count: int, window: int | None) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Find the blocks to compute, and those in which every query sees every key.
 
-    The first may hold more than need be, the second less: what is in one and not in the other is asked token by token.
+    The first may include a block in which nothing is visible, the second may lack one that is full: `mask_mod` decides in
+    the blocks that are in the first only.
+
+    Returns:
+        Two arrays of shape (query blocks, key blocks), both of size `count`.
     """
-    touched = np.zeros((count, count), dtype=np.bool_)
-    filled = np.zeros((count, count), dtype=np.bool_)
-    index = np.arange(count)
-    of_segment: dict[int, list[_Run]] = {}
-    for run in runs:
-        of_segment.setdefault(run.segment, []).append(run)
-    for queries in runs:
+    visible = np.zeros((count, count), dtype=np.bool_)
+    full = np.zeros((count, count), dtype=np.bool_)
+    starts = np.arange(count) * BLOCK
+    of_segment: dict[int, list[_Span]] = {}
+    for span in spans:
+        of_segment.setdefault(span.segment, []).append(span)
+
+    def distances(queries: slice, keys: slice, shift: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Smallest and largest distance in the sequence from the keys of a block to the queries of another."""
+        difference = starts[queries, None] - starts[None, keys] + shift
+        return difference - (BLOCK - 1), difference + (BLOCK - 1)
+
+    for queries in spans:
         for keys in filter(queries.sees, of_segment[queries.segment]):
-            # Distance in the sequence of the last query of a block from the first key of another.
             shift = (queries.position - queries.start) - (keys.position - keys.start)
-            nearest = index[:, None] * BLOCK - (index[None] + 1) * BLOCK + 1 + shift
-            farthest = (index[:, None] + 1) * BLOCK - 1 - index[None] * BLOCK + shift
-            reachable = farthest >= 0
-            inside = nearest >= 0
-            if window is not None:
-                reachable &= nearest < window
-                inside &= farthest < window
-            rows, columns = queries.touched, keys.touched
-            touched[rows, columns] |= reachable[rows, columns]
-            rows, columns = queries.filled, keys.filled
-            filled[rows, columns] |= inside[rows, columns]
-    return touched, filled
+            blocks = queries.touched_blocks, keys.touched_blocks
+            nearest, farthest = distances(*blocks, shift)
+            visible[blocks] |= (farthest >= 0) if window is None else (farthest >= 0) & (nearest < window)
+            blocks = queries.whole_blocks, keys.whole_blocks
+            nearest, farthest = distances(*blocks, shift)
+            full[blocks] |= (nearest >= 0) if window is None else (nearest >= 0) & (farthest < window)
+    return visible, full
 
 
-def _as_lists(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row of blocks, and which (those first), as the kernel wants them."""
+def _block_lists(blocks: NDArray[np.bool_], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Number of key blocks of each query block, and their indices first, as `BlockMask.from_kv_blocks` takes them."""
     order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
     counts = blocks.sum(axis=1, dtype=np.int32)
     return tuple(transfer(torch.from_numpy(values)[None, None], device) for values in (counts, order))  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""A scorer spread over processes with torch's `fully_shard`, and its weights read piece by piece where they are needed.
+"""Scorers of frozen models: on one process, or sharded over several with torch's `fully_shard`.
 
-The scoring module is the root and the decoder layers are its only units: the head's weight is then read inside the root's
-forward, where it is a plain tensor. (The head in a group of its own gives silently wrong gradients.)
+The scorer is the root module and the decoder layers are its only units. The head's weight thus belongs to the root, in whose
+forward it is a plain tensor. (With a unit of its own, the head would get silently wrong gradients.)
 """
 
 from dataclasses import replace
@@ -33,11 +33,18 @@ def frozen_scorer(
     *,
     collision: bool = False,
 ) -> PairScorer:
-    """A scorer of a model that is not trained, spread over the processes of a team, which keep step: all of them make the
-    same number of passes.
+    """Load a model and wrap it in a scorer, sharded over the processes of a team.
+
+    Args:
+        files: the model, adapter or checkpoint.
+        options: how to load it.
+        dtype: of weights and forward pass.
+        team: all its processes must make the same number of passes.
+        budget: tokens per forward pass.
+        collision: see `PairScorer`.
 
     Raises:
-        UsageError: the model cannot be loaded, or not spread.
+        UsageError: the model cannot be loaded, or not sharded.
     """
     if files.checkpoint:
         team.first_does(partial(check_base, files))
@@ -56,24 +63,26 @@ def frozen_scorer(
 
 
 def check_base(files: ModelFiles) -> None:
-    """Raises UsageError where an adapter's checkpoint is looked at on another model than it was trained on.
+    """Check that an adapter's checkpoint is evaluated on the base model that it was trained on.
 
-    Only an adapter: a checkpoint of all weights takes none from the model. Files whose hashes the run noted are not
-    read again while they are as they were.
+    A checkpoint of all weights needs no base. Hashes recorded by the run are reused while the files are unchanged.
+
+    Raises:
+        UsageError: the base model's weights or configuration differ.
     """
     path = files.checkpoint
     if path is None or files.adapter_settings is None:
         return
     with another_checkpoint_wanted():
         state = State.read(path)
-    if state.model_weights is None:  # of an earlier version
+    if state.model_weights is None:  # written by an earlier version
         return
     quantization = Provenance.of(path).quantization
     memory = _hashes_of_the_run(path.resolve().parent.parent / HASH_MEMORY_NAME)
     base = ModelFiles(files.directory, files.adapter, quantization, files.runs_code)
     identity = base.identity(memory)
     differing = ["weights"] if state.model_weights != identity.weights_digest else []
-    # Whether the code beside the model counts was decided by --trust-remote-code of the training.
+    # The training's --trust-remote-code decided whether the model's code is part of its identity.
     settings = {replace(identity, code=code).settings_digest(base) for code in ({}, code_hashes(base.directory))}
     if state.model_settings is not None and state.model_settings not in settings:
         differing.append("configuration")
@@ -87,5 +96,5 @@ def check_base(files: ModelFiles) -> None:
 
 @cache
 def _hashes_of_the_run(path: Path) -> HashMemory:
-    """What a run noted; several of its checkpoints may be looked at."""
-    return HashMemory(path, is_kept=False)
+    """Hashes recorded by a run, read once for all its checkpoints."""
+    return HashMemory(path)

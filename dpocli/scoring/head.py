@@ -1,9 +1,9 @@
-"""Hidden states → log-probs. Logits exist only here, one tile at a time, and never for a token that nobody scores.
+"""Fused linear cross-entropy per token: hidden states → log-probs, with logits of one tile at a time.
 
-A plain head makes logits of shape (batch, length, vocabulary) and a float32 copy of them for the softmax. Here a tile
-of positions meets a tile of the vocabulary, an online log-sum-exp in float32 takes what it needs from it, and the tile
-is dropped; the backward pass makes it again. Memory is that of one tile, whatever the batch (on the CPU, where products
-are dear and memory is not, that of a few hundred tokens' logits).
+A plain head materializes logits of shape (batch, length, vocabulary), and a float32 copy of them for the softmax. Here a
+block of positions meets a tile of the vocabulary; an online log-sum-exp in float32 accumulates over the tiles, and each tile
+is dropped. The backward pass recomputes it. Peak memory is that of one tile, whatever the batch (on the CPU, up to
+`CPU_CACHED_BYTES` of logits are kept instead).
 """
 
 from collections.abc import Iterator
@@ -18,24 +18,24 @@ CPU_TILE = (1024, 2048)
 
 CUDA_TILE = (4096, 16384)
 
-CPU_KEPT_BYTES = 512 * 2**20
-"""Logits of one forward pass that are kept for its backward pass if they take no more than this."""
+CPU_CACHED_BYTES = 512 * 2**20
+"""Logits of a forward pass are kept for its backward pass if they take no more than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogitMap:
-    """What a model does between its output embeddings and its logits: cap · tanh(scale · x / cap)."""
+    """What a model applies between its output embeddings and its logits: cap · tanh(scale · x / cap)."""
 
     scale: float = 1.0
     cap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Shape and dtype stay."""
+        """Map raw logits of any shape and dtype, elementwise."""
         scaled = logits if self.scale == 1.0 else logits * self.scale
         return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
 
     def backward(self, grad: Tensor, mapped: Tensor) -> Tensor:
-        """Gradient before the map, from the gradient behind it and the map's own output."""
+        """Gradient of the map's input, from the gradient of its output and the output itself."""
         if self.cap is not None:
             grad = grad * (1 - (mapped / self.cap) ** 2)
         return grad if self.scale == 1.0 else grad * self.scale
@@ -43,7 +43,7 @@ class LogitMap:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The output embeddings of a model, as tensors, and the map behind them."""
+    """The output embeddings of a model, and the map after them."""
 
     weight: Tensor
     """Shape (vocabulary, hidden)."""
@@ -51,47 +51,47 @@ class Head:
     """Shape (vocabulary,)."""
     logit_map: LogitMap
 
-    def tiles(self) -> Iterator[slice]:
-        """Slices of the vocabulary."""
-        _, width = _tile(self.weight)
-        for start in range(0, len(self.weight), width):
-            yield slice(start, min(start + width, len(self.weight)))
+    def row_blocks(self, num_tokens: int) -> Iterator[slice]:
+        """Slices of the positions."""
+        return _slices(num_tokens, (CUDA_TILE if self.weight.is_cuda else CPU_TILE)[0])
 
-    def logits(self, hidden: Tensor, columns: slice) -> Tensor:
-        """One tile of logits, multiplied in the model's dtype, returned in float32."""
-        bias = None if self.bias is None else self.bias[columns]
-        return self.logit_map(torch.nn.functional.linear(hidden, self.weight[columns], bias).float())
+    def vocabulary_tiles(self) -> Iterator[slice]:
+        """Slices of the vocabulary."""
+        return _slices(len(self.weight), (CUDA_TILE if self.weight.is_cuda else CPU_TILE)[1])
+
+    def logits(self, hidden: Tensor, tile: slice) -> Tensor:
+        """Logits of one tile: the product in the model's dtype, then float32. Shape (positions, vocabulary of the tile)."""
+        bias = None if self.bias is None else self.bias[tile]
+        return self.logit_map(torch.nn.functional.linear(hidden, self.weight[tile], bias).float())
 
 
 def token_logps(
     hidden: Tensor, head: Head, targets: Tensor, *, collision: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of each target, and on request log Σ_v p(v)² at its position.
+    """Compute the log-prob of each target, and optionally log Σ_v p(v)² at its position.
 
     Args:
-        hidden: shape (tokens, hidden): the state from which each target is predicted.
+        hidden: shape (tokens, hidden): the state that predicts each target.
         head: the model's output embeddings.
         targets: shape (tokens,), int64.
-        collision: also compute log Σ_v p(v)², which WPO weighs with.
+        collision: also compute log Σ_v p(v)², the weight of WPO (Zhou et al. 2024, arXiv:2406.11827).
 
     Returns:
-        Log-probs, shape (tokens,), float32, with gradients to hidden states, weight and bias; and log Σ_v p(v)², shape
+        Log-probs, shape (tokens,), float32, nats, differentiable in hidden states, weight and bias; and log Σ_v p(v)², shape
         (tokens,), float32, without gradient, or None.
     """
     is_frozen = not (head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad))
     if is_frozen and hidden.requires_grad and torch.is_grad_enabled() and not collision:
         frozen: Tensor = _FrozenHeadLogps.apply(hidden, head.weight, head.bias, targets, head.logit_map)  # type: ignore[no-untyped-call]
         return frozen, None
-    kept = _KeptLogits.of(hidden, head.weight)
-    logps, collisions = _TiledLogps.apply(hidden, head.weight, head.bias, targets, head.logit_map, collision, kept)  # type: ignore[no-untyped-call]
+    cache = _LogitCache.of(hidden, head.weight)
+    logps, collisions = _TiledLogps.apply(hidden, head.weight, head.bias, targets, head.logit_map, collision, cache)  # type: ignore[no-untyped-call]
     return logps, collisions if collision else None
 
 
-def _tile(weight: Tensor) -> tuple[int, int]:
-    return CUDA_TILE if weight.is_cuda else CPU_TILE
-
-
 class _TiledLogps(torch.autograd.Function):
+    """Log-probs with gradients to hidden states, weight and bias."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -101,28 +101,28 @@ class _TiledLogps(torch.autograd.Function):
         targets: Tensor,
         logit_map: LogitMap,
         collision: bool,
-        kept: "_KeptLogits",
+        cache: "_LogitCache",
     ) -> tuple[Tensor, Tensor]:
         head = Head(weight, bias, logit_map)
         num_tokens = len(hidden)
         target_logits = hidden.new_empty(num_tokens, dtype=torch.float32)
         log_sums = hidden.new_empty(num_tokens, dtype=torch.float32)
         collisions = hidden.new_empty(num_tokens if collision else 0, dtype=torch.float32)
-        for rows in _heights(hidden, weight):
+        for rows in head.row_blocks(num_tokens):
             log_sum = log_square_sum = None
-            for columns in head.tiles():
-                logits = head.logits(hidden[rows], columns)
-                kept.put(rows, columns, logits)
-                _pick(logits, targets[rows], columns, target_logits[rows])
-                log_sum = _add_exponents(log_sum, logits)
+            for tile in head.vocabulary_tiles():
+                logits = head.logits(hidden[rows], tile)
+                cache.put(rows, tile, logits)
+                _gather_targets(logits, targets[rows], tile, target_logits[rows])
+                log_sum = _online_logsumexp(log_sum, logits)
                 if collision:
-                    log_square_sum = _add_exponents(log_square_sum, 2 * logits)
+                    log_square_sum = _online_logsumexp(log_square_sum, 2 * logits)
             assert log_sum is not None
             log_sums[rows] = log_sum
             if log_square_sum is not None:
                 collisions[rows] = log_square_sum - 2 * log_sum
         ctx.save_for_backward(hidden, weight, bias, targets, log_sums)
-        ctx.logit_map, ctx.kept = logit_map, kept
+        ctx.logit_map, ctx.cache = logit_map, cache
         ctx.mark_non_differentiable(collisions)
         return target_logits - log_sums, collisions
 
@@ -131,43 +131,43 @@ class _TiledLogps(torch.autograd.Function):
         hidden, weight, bias, targets, log_sums = ctx.saved_tensors
         head = Head(weight, bias, ctx.logit_map)
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # The vocabulary is the outer loop here, so that each tile of the weight's gradient is summed in float32 and
-        # written once; only the gradient of the hidden states needs a float32 copy of the whole.
+        # The vocabulary is the outer loop, so that each tile of the weight's gradient is accumulated in float32 and written
+        # once; only the gradient of the hidden states needs a full float32 copy.
         hidden_grad = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         weight_grad = torch.empty_like(weight) if needs_weight else None
         bias_grad = torch.empty_like(bias) if needs_bias else None
-        for columns in head.tiles():
-            tile_weight_grad = torch.zeros_like(weight[columns], dtype=torch.float32) if needs_weight else None
-            tile_bias_grad = torch.zeros_like(bias[columns], dtype=torch.float32) if needs_bias else None
-            for rows in _heights(hidden, weight):
-                mapped = ctx.kept.take(rows, columns)
-                if mapped is None:
-                    mapped = head.logits(hidden[rows], columns)
-                # In place where nobody needs the logits again.
-                shifted = mapped.clone() if ctx.logit_map.cap is not None else mapped
-                logits_grad = shifted.sub_(log_sums[rows, None]).exp_().mul_(-grad[rows, None])
-                _add_at_targets(logits_grad, targets[rows], columns, grad[rows])
-                logits_grad = ctx.logit_map.backward(logits_grad, mapped)
+        for tile in head.vocabulary_tiles():
+            tile_weight_grad = torch.zeros_like(weight[tile], dtype=torch.float32) if needs_weight else None
+            tile_bias_grad = torch.zeros_like(bias[tile], dtype=torch.float32) if needs_bias else None
+            for rows in head.row_blocks(len(hidden)):
+                logits = ctx.cache.take(rows, tile)
+                if logits is None:
+                    logits = head.logits(hidden[rows], tile)
+                # d log p(t) / d logits = 1[t] - softmax. In place, unless the map's derivative needs the logits again.
+                buffer = logits.clone() if ctx.logit_map.cap is not None else logits
+                logits_grad = buffer.sub_(log_sums[rows, None]).exp_().mul_(-grad[rows, None])
+                _add_at_targets(logits_grad, targets[rows], tile, grad[rows])
+                logits_grad = ctx.logit_map.backward(logits_grad, logits)
                 if tile_bias_grad is not None:
                     tile_bias_grad += logits_grad.sum(0)
                 logits_grad = logits_grad.to(hidden.dtype)
                 if hidden_grad is not None:
-                    hidden_grad[rows] += logits_grad @ weight[columns]
+                    hidden_grad[rows] += logits_grad @ weight[tile]
                 if tile_weight_grad is not None:
                     tile_weight_grad += logits_grad.T @ hidden[rows]
             if weight_grad is not None and tile_weight_grad is not None:
-                weight_grad[columns] = tile_weight_grad
+                weight_grad[tile] = tile_weight_grad
             if bias_grad is not None and tile_bias_grad is not None:
-                bias_grad[columns] = tile_bias_grad
+                bias_grad[tile] = tile_bias_grad
         in_dtype = None if hidden_grad is None else hidden_grad.to(hidden.dtype)
         return in_dtype, weight_grad, bias_grad, None, None, None, None
 
 
 class _FrozenHeadLogps(torch.autograd.Function):
-    """Where the head is not trained, a log-prob's gradient is known up to one factor as soon as it is computed:
+    """Log-probs with a gradient to the hidden states alone, computed in the forward pass up to the incoming factor.
 
-    d log p(t) / dh = w_t − Σ_v p(v) w_v (each w_v times the derivative of the map), which an online softmax sums along
-    with the log-sum-exp. So the backward pass makes no logits at all: two products instead of three.
+    d log p(t) / dh = w_t - Σ_v p(v) w_v (each w_v times the derivative of the map). An online softmax accumulates the sum
+    together with the log-sum-exp, so that the backward pass needs no logits: two matrix products instead of three.
     """
 
     @staticmethod
@@ -178,24 +178,24 @@ class _FrozenHeadLogps(torch.autograd.Function):
         target_logits = hidden.new_empty(len(hidden), dtype=torch.float32)
         log_sums = hidden.new_empty(len(hidden), dtype=torch.float32)
         slopes = torch.empty_like(hidden)
-        for rows in _heights(hidden, weight):
-            here = hidden[rows]
-            largest = here.new_full((len(here),), -torch.inf, dtype=torch.float32)
-            total = torch.zeros_like(largest)
-            mean_weight = torch.zeros_like(here, dtype=torch.float32)
-            for columns in head.tiles():
-                logits = head.logits(here, columns)
-                _pick(logits, targets[rows], columns, target_logits[rows])
-                before, largest = largest, torch.maximum(largest, logits.amax(dim=-1))
-                shrunk = torch.exp(before - largest)
-                exponents = torch.exp(logits - largest[:, None])
-                total = total * shrunk + exponents.sum(dim=-1)
-                bent = logit_map.backward(exponents, logits).to(hidden.dtype)
-                mean_weight = mean_weight.mul_(shrunk[:, None]).add_(bent @ weight[columns])
-            log_sums[rows] = largest + torch.log(total)
+        for rows in head.row_blocks(len(hidden)):
+            block = hidden[rows]
+            maximum = block.new_full((len(block),), -torch.inf, dtype=torch.float32)
+            total = torch.zeros_like(maximum)
+            mean_weight = torch.zeros_like(block, dtype=torch.float32)
+            for tile in head.vocabulary_tiles():
+                logits = head.logits(block, tile)
+                _gather_targets(logits, targets[rows], tile, target_logits[rows])
+                before, maximum = maximum, torch.maximum(maximum, logits.amax(dim=-1))
+                rescale = torch.exp(before - maximum)
+                exponentials = torch.exp(logits - maximum[:, None])
+                total = total * rescale + exponentials.sum(dim=-1)
+                weights = logit_map.backward(exponentials, logits).to(hidden.dtype)
+                mean_weight = mean_weight.mul_(rescale[:, None]).add_(weights @ weight[tile])
+            log_sums[rows] = maximum + torch.log(total)
             at_target = logit_map.backward(torch.ones_like(total), target_logits[rows])
-            own_weight = weight[targets[rows]].float() * at_target[:, None]
-            slopes[rows] = (own_weight - mean_weight / total[:, None]).to(hidden.dtype)
+            target_weight = weight[targets[rows]].float() * at_target[:, None]
+            slopes[rows] = (target_weight - mean_weight / total[:, None]).to(hidden.dtype)
         ctx.save_for_backward(slopes)
         return target_logits - log_sums
 
@@ -205,50 +205,49 @@ class _FrozenHeadLogps(torch.autograd.Function):
         return (slopes * grad[:, None]).to(slopes.dtype), None, None, None, None
 
 
-class _KeptLogits:
-    """The tiles of one call, kept for its backward pass where they are few: making them again costs a product in four."""
+class _LogitCache:
+    """Logits of one forward pass, kept for its backward pass if they are few: recomputing them is one product of four."""
 
-    def __init__(self, worthwhile: bool) -> None:
-        self._tiles: dict[tuple[int, int], Tensor] | None = {} if worthwhile else None
+    def __init__(self, is_used: bool) -> None:
+        self._tiles: dict[tuple[int, int], Tensor] | None = {} if is_used else None
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor) -> "_KeptLogits":
+    def of(cls, hidden: Tensor, weight: Tensor) -> "_LogitCache":
         size = 4 * len(hidden) * len(weight)
-        return cls(torch.is_grad_enabled() and not weight.is_cuda and size <= CPU_KEPT_BYTES)
+        return cls(torch.is_grad_enabled() and not weight.is_cuda and size <= CPU_CACHED_BYTES)
 
-    def put(self, rows: slice, columns: slice, logits: Tensor) -> None:
+    def put(self, rows: slice, tile: slice, logits: Tensor) -> None:
         if self._tiles is not None:
-            self._tiles[rows.start, columns.start] = logits
+            self._tiles[rows.start, tile.start] = logits
 
-    def take(self, rows: slice, columns: slice) -> Tensor | None:
-        """Once; None where it was not kept, or is taken already (a graph that is kept for a second backward pass)."""
-        return self._tiles.pop((rows.start, columns.start), None) if self._tiles else None
-
-
-def _heights(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
-    """Slices of the positions."""
-    height, _ = _tile(weight)
-    for start in range(0, len(hidden), height):
-        yield slice(start, min(start + height, len(hidden)))
+    def take(self, rows: slice, tile: slice) -> Tensor | None:
+        """Once; None if it was not kept, or already taken by an earlier backward pass of a retained graph."""
+        return self._tiles.pop((rows.start, tile.start), None) if self._tiles else None
 
 
-def _add_exponents(log_sum: Tensor | None, logits: Tensor) -> Tensor:
-    """Log-sum-exp of what was seen so far and one more tile. Shape (positions,)."""
-    tile_sum = torch.logsumexp(logits, dim=-1)
-    return tile_sum if log_sum is None else torch.logaddexp(log_sum, tile_sum)
+def _slices(length: int, step: int) -> Iterator[slice]:
+    for start in range(0, length, step):
+        yield slice(start, min(start + step, length))
 
 
-def _in_tile(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in a tile, and where: a mask and indices that are valid everywhere (no synchronisation)."""
-    inside = (targets >= columns.start) & (targets < columns.stop)
-    return inside, torch.where(inside, targets - columns.start, 0)[:, None]
+def _online_logsumexp(log_sum: Tensor | None, logits: Tensor) -> Tensor:
+    """Log-sum-exp of the tiles so far and one more. Shape (positions,)."""
+    of_tile = torch.logsumexp(logits, dim=-1)
+    return of_tile if log_sum is None else torch.logaddexp(log_sum, of_tile)
 
 
-def _pick(logits: Tensor, targets: Tensor, columns: slice, into: Tensor) -> None:
-    inside, index = _in_tile(targets, columns)
-    torch.where(inside, logits.gather(-1, index)[:, 0], into, out=into)
+def _in_tile(targets: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
+    """Mask of the targets in a tile, and their indices in it (0 elsewhere, so that nothing depends on the data's shape)."""
+    inside = (targets >= tile.start) & (targets < tile.stop)
+    return inside, torch.where(inside, targets - tile.start, 0)[:, None]
 
 
-def _add_at_targets(logits_grad: Tensor, targets: Tensor, columns: slice, grad: Tensor) -> None:
-    inside, index = _in_tile(targets, columns)
+def _gather_targets(logits: Tensor, targets: Tensor, tile: slice, out: Tensor) -> None:
+    """Write the logits of the targets in this tile to `out`."""
+    inside, index = _in_tile(targets, tile)
+    torch.where(inside, logits.gather(-1, index)[:, 0], out, out=out)
+
+
+def _add_at_targets(logits_grad: Tensor, targets: Tensor, tile: slice, grad: Tensor) -> None:
+    inside, index = _in_tile(targets, tile)
     logits_grad.scatter_add_(-1, index, torch.where(inside, grad, 0.0)[:, None])

@@ -1,7 +1,7 @@
-"""Finds out what a model does between its last hidden state and its logits, by asking it rather than its name.
+"""Find the map between a model's output embeddings and its logits by measuring it, not by the model's name.
 
-Cohere multiplies the logits, Granite divides them, Gemma caps them by tanh; scoring them as if they stood plain is
-silently wrong by whole nats. The probe feeds the model known values through its own head and looks at what comes out.
+Cohere scales the logits, Granite divides them, Gemma caps them by tanh; ignoring that would shift log-probs by whole nats.
+The probe replaces the head's output with known values and reads the logits that the model makes of them.
 """
 
 from enum import Enum
@@ -14,23 +14,23 @@ from dpocli.scoring.head import LogitMap
 
 
 class HeadKind(Enum):
-    """How log-probs are made where no `LogitMap` explains the model."""
+    """How log-probs are computed if no `LogitMap` describes the model."""
 
     OWN = "the model's own head"
 
 
 def probe_head(model: PreTrainedModel) -> LogitMap | HeadKind:
-    """The map that turns `get_output_embeddings()(hidden)` into the model's logits, or `OWN` where none is known."""
+    """Find the map from `get_output_embeddings()(hidden)` to the model's logits; `OWN` if none of the known ones fits."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return HeadKind.OWN
-    observed = _observe(model, head)
-    if observed is None:
+    measured = _measure(model, head)
+    if measured is None:
         return HeadKind.OWN
-    before, after = observed
-    tolerance = 1e-5 if before.dtype == torch.float32 else 2e-2
+    raw, logits = measured
+    tolerance = 1e-5 if raw.dtype == torch.float32 else 2e-2
     for candidate in _candidates(model):
-        if torch.allclose(candidate(before.float()), after.float(), rtol=tolerance, atol=tolerance):
+        if torch.allclose(candidate(raw.float()), logits.float(), rtol=tolerance, atol=tolerance):
             return candidate
     return HeadKind.OWN
 
@@ -50,13 +50,13 @@ def _candidates(model: PreTrainedModel) -> list[LogitMap]:
     return [LogitMap(scale, cap) for cap in dict.fromkeys(caps) for scale in dict.fromkeys(scales)]
 
 
-def _observe(model: PreTrainedModel, head: nn.Linear) -> tuple[Tensor, Tensor] | None:
-    """Known values put in place of the head's output, and the logits that the model makes of them.
+def _measure(model: PreTrainedModel, head: nn.Linear) -> tuple[Tensor, Tensor] | None:
+    """Known head outputs and the model's logits for them, shape (vocabulary,).
 
-    None where the head does not read the decoder's output as it stands.
+    None if the head's input is not the decoder's output.
     """
     seen: dict[str, Tensor] = {}
-    # Wide enough that a cap bends them and a scale moves them, whatever the model's own logits would be.
+    # Wide enough that a cap and a scale show, whatever the model's logits would be.
     known = torch.linspace(-60, 60, head.out_features, device=head.weight.device).to(head.weight.dtype)
 
     def replace(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

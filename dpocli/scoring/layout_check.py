@@ -1,8 +1,14 @@
-"""Is a fast way of scoring right for this model? Asked at every start, never assumed.
+"""Choose the fastest layout that gives this model the log-probs of the padded layout; verified at every start.
 
-Rows that hold several pairs rest on what a model does with positions and attention: windows, sinks, soft caps, recurrent
-layers and what comes next year. So a few pairs are tried (`engine.trial`): where plain and fast scoring differ by more
-than the dtype's noise, the next simpler way is taken.
+Rows of several pairs are right only if positions and attention behave as expected, which windows, sinks, soft caps,
+recurrent layers, and architectures to come may not. So:
+
+1. Candidates: the shared layout, then the packed one; on CUDA with FlexAttention first.
+2. Pairs: the longest of each data set and a few drawn ones (`sample`).
+3. Comparison with the padded layout (`LayoutTrial`): log-probs within the dtype's rounding, no influence of other pairs in the
+   row, and in training the same gradients.
+
+The first candidate without a mismatch is used, or else the padded layout.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,17 +22,17 @@ from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes
 from dpocli.errors import NumericsError, ResourceError
-from dpocli.scoring.layout_trial import OUT_OF_MEMORY, Gradient, Trial
+from dpocli.scoring.layout_trial import OUT_OF_MEMORY, Candidate, Gradient, LayoutTrial
 from dpocli.scoring.scorer import PairScorer
 
 NUM_DRAWN = 3
 
-TOKENS_ENOUGH = 512
-"""Longer pairs are cut for the check, unless the model has a window to look beyond."""
+MAX_TOKENS = 512
+"""Longer pairs are cut for the check, unless the model has a window that they exceed."""
 
 
 class Pairs(Protocol):
-    """Pairs with known lengths, to be loaded: a `PairView`, for one."""
+    """Pairs with known lengths that can be loaded, such as a `PairView`."""
 
     @property
     def lengths(self) -> NDArray[np.int64]: ...
@@ -35,7 +41,7 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PairsInMemory:
-    """The pairs of a tile."""
+    """Loaded pairs, with the interface of `Pairs`."""
 
     pairs: Sequence[EncodedPair]
 
@@ -48,74 +54,65 @@ class PairsInMemory:
         return [self.pairs[index] for index in positions]
 
 
-@dataclass(frozen=True, slots=True)
-class _Way:
-    layout: Layout
-    flex: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.layout}, FlexAttention" if self.flex else str(self.layout)
-
-
 def choose_layout(
     scorer: PairScorer,
     pairs: Sequence[EncodedPair],
     asked: str,
     processes: Processes,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     gradient: Gradient | None = None,
     *,
     dropout: bool = False,
 ) -> None:
-    """Sets the fastest layout of the scorer that gives the values of the plain one.
+    """Set the scorer to the fastest layout that matches the padded one.
 
     Args:
-        scorer: laid out accordingly afterwards; no dropout may be on.
-        pairs: to try it on, the same on every process (`sample`).
+        scorer: without active dropout.
+        pairs: to compare layouts on, the same on every process (`sample`).
         asked: `auto`, or the layout that the user forces.
-        processes: all of them must come to the same result.
-        say: told where it is not the fastest one, and why.
+        processes: all of them choose the same layout.
+        log: receives one line if a faster layout was rejected, with the reasons.
         gradient: in training, to compare gradients as well.
-        dropout: whether there will be some, which FlexAttention does not have.
+        dropout: whether dropout will be active, which FlexAttention does not support.
 
     Raises:
         NumericsError: the forced layout is wrong for this model.
-        UsageError: a backward pass failed, after which nothing can be tried any more.
-        ResourceError: the memory is not enough for a backward pass, or for the forced layout.
+        UsageError: a backward pass failed, after which no other layout can be tried.
+        ResourceError: out of memory in a backward pass, or in the forced layout.
     """
     scorer.lay_out(Layout.PADDED)
     if asked == Layout.PADDED:
         return
-    ways, refused = _ways(scorer, asked, dropout)
-    trial = Trial(scorer, pairs, processes, gradient) if ways else None
-    for way in ways:
+    candidates, rejected = _candidates(scorer, asked, dropout)
+    trial = LayoutTrial(scorer, pairs, processes, gradient) if candidates else None
+    for candidate in candidates:
         assert trial
-        fault = trial.fault(way.layout, flex=way.flex)
-        if fault is None:
+        mismatch = trial.mismatch(candidate)
+        if mismatch is None:
             break
-        refused.append(f"{way}: {fault}")
+        rejected.append(f"{candidate}: {mismatch}")
         scorer.lay_out(Layout.PADDED)
     else:
-        if asked != "auto" and any(reason.endswith(OUT_OF_MEMORY) for reason in refused):
+        if asked != "auto" and any(reason.endswith(OUT_OF_MEMORY) for reason in rejected):
             raise ResourceError(
-                f"--scoring {asked} cannot be tried on this model: the memory is not enough. Use --scoring auto, which takes "
-                "what fits, or a smaller --token-budget."
+                f"--scoring {asked} cannot be tried on this model: out of memory. Use --scoring auto, which takes a layout "
+                "that fits, or a smaller --token-budget."
             )
         if asked != "auto":
             raise NumericsError(
-                f"--scoring {asked} is wrong for this model ({'; '.join(refused)}). Use --scoring auto."
+                f"--scoring {asked} is wrong for this model ({'; '.join(rejected)}). Use --scoring auto."
             )
-    if refused:
-        taken = " with ".join(scorer.way.values())
-        say(f"Scoring is {taken}; what is faster cannot be used here ({'; '.join(refused)}).")
+    if rejected:
+        chosen = " with ".join(scorer.layout_info.values())
+        log(f"Scoring is {chosen}; faster layouts cannot be used here ({'; '.join(rejected)}).")
 
 
 def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[EncodedPair]:
-    """The pairs to try a layout on: the longest of each view, and some of the first that the seed draws.
+    """Select the pairs to compare layouts on: the longest of each view, and a few of the first view.
 
     Args:
-        scorer: its model's window decides whether long pairs may be cut.
-        views: all pairs that will be scored.
+        scorer: its model's window decides whether long pairs are cut.
+        views: all pairs to be scored.
         seed: of the draw.
     """
     longest = [int(np.argmax(view.lengths)) for view in views]
@@ -123,27 +120,34 @@ def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[Encode
     pairs = views[0].load(np.unique([longest[0], *drawn]))
     pairs += [pair for view, position in zip(views[1:], longest[1:], strict=True) for pair in view.load([position])]
     window = window_of(scorer)
-    looks_far = window and any(pair.num_tokens_longer > window for pair in pairs)
-    return pairs if looks_far else [_cut(pair) for pair in pairs]
+    exceeds_window = window and any(pair.num_tokens_longer > window for pair in pairs)
+    return pairs if exceeds_window else [_cut(pair) for pair in pairs]
 
 
-def _ways(scorer: PairScorer, asked: str, dropout: bool) -> tuple[list[_Way], list[str]]:
-    """What to try, from the fastest to the simplest but the plain one; and what need not be tried, with the reason."""
-    refused = {}
+def window_of(scorer: PairScorer) -> int | None:
+    """The smallest attention window of the model's layers in tokens, if its configuration declares one."""
+    config = scorer.model.config.get_text_config()
+    declared = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((int(window) for window in declared if window), default=None)
+
+
+def _candidates(scorer: PairScorer, asked: str, dropout: bool) -> tuple[list[Candidate], list[str]]:
+    """Layouts to try, the fastest first; and the reasons against those known to be wrong."""
+    known_wrong = {}
     if getattr(scorer.model, "_is_stateful", False):
-        memory = f"{scorer.model.config.model_type} has layers with a memory, which rows of several pairs mix"
-        refused = {Layout.SHARED: memory, Layout.PACKED: memory}
+        reason = f"{scorer.model.config.model_type} has recurrent layers, whose state would mix the pairs of a row"
+        known_wrong = {Layout.SHARED: reason, Layout.PACKED: reason}
     elif scorer.router_loss:
-        refused = {Layout.SHARED: "the router's loss counts a prompt as often as it stands"}
+        known_wrong = {Layout.SHARED: "the router loss counts each prompt once per side"}
     wanted = [layout for layout in (Layout.SHARED, Layout.PACKED) if asked in ("auto", layout)]
     kernels = [True, False] if scorer.device.type == "cuda" and not dropout else [False]
-    ways = [_Way(layout, flex) for layout in wanted if layout not in refused for flex in kernels]
-    return ways, list(dict.fromkeys(refused[layout] for layout in wanted if layout in refused))
+    candidates = [Candidate(layout, flex) for layout in wanted if layout not in known_wrong for flex in kernels]
+    return candidates, list(dict.fromkeys(known_wrong[layout] for layout in wanted if layout in known_wrong))
 
 
 def _cut(pair: EncodedPair) -> EncodedPair:
-    """The end of the prompt and the beginnings of the sides."""
-    half = TOKENS_ENOUGH // 2
+    """The end of the prompt and the starts of the sides, at most `MAX_TOKENS` together on each side."""
+    half = MAX_TOKENS // 2
     return replace(
         pair,
         prompt_ids=pair.prompt_ids[-half:],
@@ -153,10 +157,3 @@ def _cut(pair: EncodedPair) -> EncodedPair:
         rejected_mask=None,
         reference=None,
     )
-
-
-def window_of(scorer: PairScorer) -> int | None:
-    """The shortest stretch that some layer looks back over, where the model declares one."""
-    config = scorer.model.config.get_text_config()
-    declared = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((int(window) for window in declared if window), default=None)

@@ -1,8 +1,8 @@
-"""The one path that makes log-probs, in all three commands: a module from a batch of pairs to per-token log-probs.
+"""The module that turns a batch of pairs into per-token log-probs, for all three commands.
 
-The module holds the whole model, so that every distributed wrapper can wrap it as its root; what it takes and gives is
-ragged and free of padding, so that how the pairs are laid out inside can change without anyone noticing. Its faster
-layouts rest on what a model does with positions and attention, which `engine.exactness` checks before they are used.
+It contains the whole model, so that distributed wrappers can use it as their root module. Its input and output are ragged,
+without padding: the layout of the pairs in rows is internal. Layouts other than the padded one rely on how the model
+treats positions and attention; `layout_check` verifies them before they are used.
 """
 
 import platform
@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 import dpocli
-from dpocli.data.batch import PairBatch
+from dpocli.data.batch import PairBatch, transfer
 from dpocli.data.packing import Layout, Packing
 from dpocli.errors import UsageError
 from dpocli.scoring import attention
@@ -23,22 +24,17 @@ from dpocli.scoring.layout import TokenCounter, TokenRows
 from dpocli.scoring.token_logps import TokenLogps
 
 
-def _halves(values: Tensor, split: int) -> tuple[Tensor, Tensor]:
-    # Copies, because distributed wrappers hang their hooks on a module's outputs, and a view could shed them.
-    return values[:split].clone(), values[split:].clone()
-
-
 @dataclass(frozen=True, slots=True)
 class RotaryLimit:
-    """The length at which a model takes other rotary frequencies, for all rows of a batch at once."""
+    """The row length from which a model changes its rotary frequencies, for all rows of the batch."""
 
     tokens: int
-    remembers: bool
-    """Whether the frequencies also depend on what was scored before (the type "dynamic")."""
+    is_dynamic: bool
+    """Whether the frequencies also depend on the rows scored before (the type "dynamic")."""
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "RotaryLimit | None":
-        """None for models whose frequencies are the same at every length, which are nearly all."""
+        """None for models with the same frequencies at every length, which are nearly all."""
         config = model.config.get_text_config()
         parameters = getattr(config, "rope_parameters", None) or {}
         kind = parameters.get("rope_type")
@@ -47,16 +43,22 @@ class RotaryLimit:
         tokens = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
         return cls(int(tokens), kind == "dynamic")
 
+    def is_exceeded(self, rows: TokenRows) -> bool:
+        return not rows.segments and rows.input_ids.shape[1] > self.tokens
+
 
 class PairScorer(nn.Module):
-    """Scores pairs with a causal language model: `forward` is the whole way from token ids to log-probs.
+    """Score pairs with a causal language model, from token ids to log-probs.
 
     Args:
         model: any model that `AutoModelForCausalLM` loads.
-        collision: also give log Σ_v p(v)² per token.
-        router_loss: also give the load-balancing loss of a mixture-of-experts router.
-        token_budget: tokens of a forward pass, padding included, that callers are asked to stay within.
-        device: to compute on, where that is not where the model's parameters are.
+        collision: also compute log Σ_v p(v)² per token.
+        router_loss: also compute the load-balancing loss of a mixture-of-experts router.
+        token_budget: tokens per forward pass, with padding, that callers are to stay within.
+        device: to compute on; by default that of the model's parameters.
+
+    Raises:
+        UsageError: `router_loss` with a model that has no experts.
     """
 
     def __init__(
@@ -78,79 +80,83 @@ class PairScorer(nn.Module):
             )
         self.device = device or model.device
         self.is_blank = any(parameter.is_meta for parameter in model.parameters())
-        """Whether the weights are still to come."""
-        # Where they are, they may also be in pieces, which come together in a forward pass.
+        """Whether the weights are not loaded yet."""
+        # A blank model is probed in its first forward pass: the weights may be sharded, and are gathered there.
         self.head_kind: HeadKind | LogitMap | None = None if self.is_blank else probe_head(model)
         self.rotary_limit = RotaryLimit.of(model)
         self.num_embeddings: int = model.get_input_embeddings().weight.shape[0]
 
         self.packing = Packing(Layout.PADDED, token_budget)
-        """How callers put pairs together for a forward pass."""
+        """How callers combine pairs to micro-batches."""
         self.uses_flex = False
         self.tally = TokenCounter()
         self.compute_dtype = model.dtype
-        """Of the forward pass; a wrapper that changes it says so."""
+        """Of the forward pass; set by a wrapper that casts."""
         self._current_row = attention.install(model)
         self._plain_attention: str = model.config._attn_implementation
 
     def lay_out(self, layout: Layout, *, flex: bool = False) -> None:
-        """Sets how pairs are laid out from now on; at first they are padded.
+        """Set the layout of all later passes; it is padded at first.
 
         Args:
-            layout: one in which this model is known to give the values of the padded one.
-            flex: compute one-row layouts with FlexAttention.
+            layout: one known to give this model's log-probs of the padded layout.
+            flex: use FlexAttention in one-row layouts.
 
         Raises:
-            ValueError: the model does not let its attention be replaced.
+            ValueError: the model's attention cannot be replaced.
         """
         self._attend_for(layout)
         self.packing = replace(self.packing, layout=layout)
         self.uses_flex = flex and not layout.pads
 
     @property
-    def way(self) -> dict[str, str]:
-        """How pairs are scored: information, never a reason to refuse a value."""
+    def layout_info(self) -> dict[str, str]:
+        """Layout and attention, as recorded beside the values. They affect speed only."""
         attention_of_rows = "flex_attention" if self.uses_flex else "segments"
         layout = self.packing.layout
         return {"scoring": str(layout), "attention": self._plain_attention if layout.pads else attention_of_rows}
 
     def forward(self, batch: PairBatch) -> TokenLogps:
-        """Log-probs of every token of both sides, masked ones included.
+        """Compute log-probs of every token of both sides, masked ones included.
 
         Args:
-            batch: on the CPU, where it is laid out.
+            batch: on the CPU, where it is laid out in rows.
 
         Returns:
-            On the model's device, in the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected
-            tokens,), float32, nats.
+            On `device`, in the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected tokens,),
+            float32, nats.
+
+        Raises:
+            UsageError: a row is longer than the limit of rotary frequencies that depend on other rows.
         """
         if self.head_kind is None:
             self._attend_for(Layout.PADDED)
             self.head_kind = probe_head(self.model)
-        rows = self._rows(batch).to(self.device)
+        rows_on_cpu = self._rows(batch)
+        rows = rows_on_cpu.to(self.device)
         self._current_row.set(rows, flex=self.uses_flex and bool(rows.segments))
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)
             logps, collisions = token_logps(hidden, self._head(self.head_kind), rows.targets, collision=self.collision)
         else:
-            logps, collisions, router_loss = self._through_own_head(rows)
+            logps, collisions, router_loss = self._through_own_head(rows, rows_on_cpu.scored_columns())
         self.tally.add(batch, rows)
         split = len(batch.chosen_ids)
-        chosen, rejected = _halves(logps, split)
-        if collisions is None:
-            return TokenLogps(chosen, rejected, router_loss=router_loss)
-        return TokenLogps(chosen, rejected, *_halves(collisions, split), router_loss)
+        columns = (logps,) if collisions is None else (logps, collisions)
+        # Copies: distributed wrappers register hooks on a module's outputs, and a view could lose them.
+        sides = [side.clone() for column in columns for side in (column[:split], column[split:])]
+        return TokenLogps(*sides)._replace(router_loss=router_loss)
 
     def _rows(self, batch: PairBatch) -> TokenRows:
         layout = self.packing.layout
         if self.rotary_limit is not None and max(batch.longer_lengths) > self.rotary_limit.tokens:
-            layout = Layout.PADDED  # in which each row can go alone
+            layout = Layout.PADDED  # in which each row can be scored alone
         self._attend_for(layout)
         rows = TokenRows.of(batch, layout)
         return rows.widened(self.packing.fixed_width(rows.input_ids.shape[1])) if self.uses_flex else rows
 
     def _attend_for(self, layout: Layout) -> None:
-        """Stays until the next forward pass, since the backward pass may compute layers again."""
+        """Set the attention for the next forward pass, and for its backward pass, which may recompute layers."""
         name = self._plain_attention if layout.pads else attention.NAME
         if self.model.config._attn_implementation != name:
             self.model.set_attn_implementation(name)
@@ -162,21 +168,22 @@ class PairScorer(nn.Module):
         return Head(embeddings.weight, getattr(embeddings, "bias", None), logit_map)
 
     def _hidden_states(self, rows: TokenRows) -> tuple[Tensor, Tensor | None]:
-        """States that predict the sides' tokens, shape (chosen + rejected tokens, hidden), and the router's loss."""
-        options = {"output_router_logits": True} if self.router_loss else {}
-        if self.rotary_limit is not None and not rows.segments and rows.input_ids.shape[1] > self.rotary_limit.tokens:
-            return self._row_by_row(rows).flatten(0, 1)[rows.predicting], None
-        output = self.model.get_decoder()(**rows.inputs, use_cache=False, **options)
-        hidden = output.last_hidden_state.flatten(0, 1)[rows.predicting]
-        return hidden, self._balance(output.router_logits, rows) if self.router_loss else None
+        """States that predict the targets, shape (chosen + rejected tokens, hidden), and the router loss."""
+        if self.rotary_limit is not None and self.rotary_limit.is_exceeded(rows):
+            return self._row_by_row(rows, self.rotary_limit).flatten(0, 1)[rows.predicting], None
+        output = self.model.get_decoder()(**rows.inputs, **self._model_options)
+        return output.last_hidden_state.flatten(0, 1)[rows.predicting], self._router_loss(output, rows)
 
-    def _row_by_row(self, rows: TokenRows) -> Tensor:
-        """States of each row scored alone, shape (2 · pairs, longest row, hidden): its length decides its frequencies."""
-        assert self.rotary_limit is not None
-        if self.rotary_limit.remembers or self.router_loss:
+    @property
+    def _model_options(self) -> dict[str, bool]:
+        return {"use_cache": False} | ({"output_router_logits": True} if self.router_loss else {})
+
+    def _row_by_row(self, rows: TokenRows, limit: RotaryLimit) -> Tensor:
+        """States of each row scored alone, with the frequencies of its own length: shape (rows, width, hidden)."""
+        if limit.is_dynamic or self.router_loss:
             raise UsageError(
-                f"--max-length: rows of more than {self.rotary_limit.tokens:,} tokens change this model's rotary frequencies "
-                f"for what is scored beside and after them. Give --max-length {self.rotary_limit.tokens} or less."
+                f"--max-length: rows of more than {limit.tokens:,} tokens change this model's rotary frequencies for the "
+                f"rows scored with and after them. Give --max-length {limit.tokens} or less."
             )
         decoder = self.model.get_decoder()
         states = [
@@ -185,35 +192,45 @@ class PairScorer(nn.Module):
         ]
         return nn.utils.rnn.pad_sequence(states, batch_first=True)
 
-    def _balance(self, router_logits: tuple[Tensor, ...], rows: TokenRows) -> Tensor:
+    def _router_loss(self, output: ModelOutput, rows: TokenRows) -> Tensor | None:
+        if not self.router_loss:
+            return None
         from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
         config = self.model.config
         num_experts = getattr(config, "num_experts", None) or config.num_local_experts
         loss: Tensor = load_balancing_loss_func(
-            router_logits, num_experts, config.num_experts_per_tok, rows.is_token.long()
+            output["router_logits"], num_experts, config.num_experts_per_tok, rows.is_token.long()
         )
         return loss
 
-    def _through_own_head(self, rows: TokenRows) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The way for heads that fit no known map: the model's own logits, made only at the columns that are scored."""
+    def _through_own_head(
+        self, rows: TokenRows, scored_columns: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probs, collisions and router loss from the model's own logits, computed at the scored columns only.
+
+        For heads that no `LogitMap` describes.
+        """
         width = rows.input_ids.shape[1]
-        if self.rotary_limit is not None and not rows.segments and width > self.rotary_limit.tokens:
+        if self.rotary_limit is not None and self.rotary_limit.is_exceeded(rows):
             raise UsageError(
-                f"--max-length: give {self.rotary_limit.tokens} or less, beyond which this model is not scored."
+                f"--max-length: give {self.rotary_limit.tokens} or less; this model cannot be scored beyond."
             )
-        columns, inverse = torch.unique(rows.predicting % width, return_inverse=True)
-        options = {"output_router_logits": True} if self.router_loss else {}
-        output = self.model(**rows.inputs, use_cache=False, logits_to_keep=columns, **options)
-        scored = output.logits[rows.predicting // width, inverse].float()
+        columns, index = (transfer(tensor, self.device) for tensor in scored_columns)
+        output = self.model(**rows.inputs, **self._model_options, logits_to_keep=columns)
+        scored = output.logits[rows.predicting // width, index].float()
         log_probs = torch.log_softmax(scored, dim=-1)
         collisions = torch.logsumexp(2 * log_probs.detach(), dim=-1) if self.collision else None
-        router_loss = self._balance(output.router_logits, rows) if self.router_loss else None
-        return log_probs.gather(-1, rows.targets[:, None])[:, 0], collisions, router_loss
+        return log_probs.gather(-1, rows.targets[:, None])[:, 0], collisions, self._router_loss(output, rows)
 
 
 def environment(device: torch.device, scorer: PairScorer | None = None) -> dict[str, str]:
-    """Versions, hardware and way of scoring: information beside values, never a reason to refuse them."""
+    """Versions, hardware, layout and attention, as recorded beside the values.
+
+    Args:
+        device: that computes.
+        scorer: adds its layout and attention.
+    """
     import transformers
 
     return {
@@ -222,4 +239,4 @@ def environment(device: torch.device, scorer: PairScorer | None = None) -> dict[
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
-    } | (scorer.way if scorer else {})
+    } | (scorer.layout_info if scorer else {})

@@ -1,4 +1,4 @@
-"""What scoring took, beside what it had to take: tokens, seconds, and the share of the FLOP floor."""
+"""Tokens, seconds and model FLOP utilization (MFU) of scoring."""
 
 import time
 from collections.abc import Iterator
@@ -16,15 +16,11 @@ PROBE_SECONDS = 0.2
 
 
 class Throughput:
-    """Measures the scoring of one command.
-
-    The floor is the time that the multiplications which no method can leave out would take at the rate of a large
-    matrix product on this device: every distinct token once through the layers, and once through the head if it is scored.
-    Attention is counted in full, so that where layers have a window the floor is a little too high.
+    """Count the tokens of a scorer's passes, and the time that they take.
 
     Args:
-        scorer: whose passes are counted.
-        backward: whether the time includes the backward pass, which takes twice the forward pass.
+        scorer: whose passes are counted while the clock runs.
+        backward: whether the time includes the backward pass; then only passes with gradient count.
     """
 
     def __init__(self, scorer: PairScorer, *, backward: bool = False) -> None:
@@ -36,7 +32,7 @@ class Throughput:
 
     @contextmanager
     def clock(self) -> Iterator[None]:
-        """Around work that ends with its results on the CPU."""
+        """Measure a block of work that ends with its results on the CPU."""
         start = time.perf_counter()
         self._scorer.tally = self._tally
         try:
@@ -47,16 +43,15 @@ class Throughput:
 
     @property
     def num_splits(self) -> int:
-        """Passes that were made in two for lack of memory."""
+        """Passes that ran out of memory and were split in two."""
         return self._tally.splits
 
     def summary(self) -> dict[str, Any]:
-        """For `summary.json`; figures are those of this process."""
+        """Layout, attention, tokens and seconds of this process, for `summary.json`."""
         tally = self._tally
-        facts: dict[str, Any] = dict(self._scorer.way)
+        facts: dict[str, Any] = dict(self._scorer.layout_info)
         if not tally.unique or not self._seconds:
             return facts
-        floor = self.flops() / self._rate
         return facts | {
             "tokens_computed": tally.computed,
             "tokens_unique": tally.unique,
@@ -65,27 +60,26 @@ class Throughput:
             "passes_split": tally.splits,
             "seconds": round(self._seconds, 3),
             "unique_tokens_per_second": round(tally.unique / self._seconds, 1),
-            "fraction_of_flop_floor": round(floor / self._seconds, 3),
         }
 
     def share_of_the_rate(self, seconds: float) -> float | None:
-        """Model FLOP utilisation: the floor's operations in `seconds`, as a share of what matrix products reach here.
+        """MFU: `flops` per second, as a share of the measured rate of matrix products; None before any pass.
 
-        The rate is measured and not taken from a data sheet; None where nothing was done yet.
+        Args:
+            seconds: that the passes took.
         """
         return self.flops() / (self._rate * seconds) if self._tally.unique and seconds else None
 
     @cached_property
     def _rate(self) -> float:
-        """Floating-point operations a second. Measured once, when it is first asked for."""
         return matmul_rate(self._scorer)
 
-    @cached_property
-    def _weights_per_token(self) -> float:
-        return _active_weights(self._scorer)
-
     def flops(self) -> float:
-        """The floor in floating-point operations, a multiplication and an addition being two."""
+        """Model FLOPs of the counted passes (a multiplication and an addition are two): a lower bound for any method.
+
+        Each distinct token goes through the layers once, and through the head once if it is scored. Attention counts as full
+        causal attention, which is slightly too high for layers with a window.
+        """
         tally, model = self._tally, self._scorer.model
         config = model.config.get_text_config()
         head = model.get_output_embeddings()
@@ -96,29 +90,26 @@ class Throughput:
         attention: float = 4.0 * config.num_hidden_layers * width * tally.attended
         if not self._backward:
             return by_weights + attention
-        # A frozen weight passes gradients on and takes none itself.
+        # The backward pass has two products for each of the forward pass; a frozen weight needs no gradient of its own.
         return by_weights * (3 if self._trains_all else 2) + attention * 3
 
-
-def _active_weights(scorer: PairScorer) -> float:
-    """Weights that multiply each token between embeddings and head: of experts, those that a token is routed to."""
-    config = scorer.model.config.get_text_config()
-    outside = {
-        id(module.weight) for module in (scorer.model.get_input_embeddings(), scorer.model.get_output_embeddings())
-    }
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
-    used = getattr(config, "num_experts_per_tok", None)
-    total = 0.0
-    for name, parameter in scorer.model.named_parameters():
-        if parameter.dim() < 2 or id(parameter) in outside:
-            continue
-        share = used / experts if used and experts and ".experts" in name else 1.0
-        total += parameter.numel() * share
-    return total
+    @cached_property
+    def _weights_per_token(self) -> float:
+        """Weights that multiply each token between embeddings and head; of experts, those that a token is routed to."""
+        model = self._scorer.model
+        config = model.config.get_text_config()
+        outside = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+        experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None)
+        used = getattr(config, "num_experts_per_tok", None)
+        total = 0.0
+        for name, parameter in self._scorer.named_parameters():
+            if parameter.dim() >= 2 and id(parameter) not in outside:
+                total += parameter.numel() * (used / experts if used and experts and ".experts" in name else 1.0)
+        return total
 
 
 def matmul_rate(scorer: PairScorer) -> float:
-    """Floating-point operations a second of a large matrix product, in the dtype of the forward pass."""
+    """Measure the FLOPs per second of a large matrix product, in the dtype of the scorer's forward pass."""
     device = scorer.device
     size = 4096 if device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=device).to(scorer.compute_dtype) for _ in range(2))
@@ -126,11 +117,7 @@ def matmul_rate(scorer: PairScorer) -> float:
     while time.perf_counter() < deadline or fastest == float("inf"):
         start = time.perf_counter()
         left @ right
-        _wait(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)
     return 2.0 * size**3 / fastest
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

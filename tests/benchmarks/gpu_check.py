@@ -2,10 +2,10 @@
 
     python tests/benchmarks/gpu_check.py WORK_DIRECTORY
 
-Shows what a CPU cannot: that FlexAttention is taken and exact (`scoring` in the results: layout, attention, tokens per
-second, share of the FLOP floor, here the model FLOP utilization on distinct tokens), that the step-0 check holds in
-bfloat16 on CUDA, and what the commands take there. `--scoring packed` and `padded` stand beside the default. The pairs
-are the sample data's, repeated into conversations of a few hundred tokens; their text does not matter to the figures.
+Shows what a CPU cannot: that FlexAttention is chosen and exact (`scoring` in the results: layout, attention, tokens per
+second), that the step-0 check holds in bfloat16 on CUDA, and the time of the commands there (`model_flop_utilisation` in
+train's results). `--scoring packed` and `padded` are run beside the default. The pairs are the sample data's, repeated
+into conversations of a few hundred tokens; their text does not affect the figures.
 """
 
 import json

@@ -29,7 +29,7 @@ from dpocli.objective.logps import LogpColumns
 from dpocli.scoring import head as head_module
 from dpocli.scoring import scorer as scoring
 from dpocli.scoring.head import Head, token_logps
-from dpocli.scoring.layout import Rows
+from dpocli.scoring.layout import TokenRows
 from dpocli.scoring.passes import reference_logps, token_budget
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.throughput import Throughput, matmul_rate
@@ -179,7 +179,7 @@ def _switched_off(part: str | None) -> AbstractContextManager[object]:
         case "completion positions only":
             return patch.object(scoring, "token_logps", _of_every_position)
         case "logits kept for the backward pass":
-            return patch.object(head_module, "CPU_KEPT_BYTES", 0)
+            return patch.object(head_module, "CPU_CACHED_BYTES", 0)
         case "memory kept when freed":
             return patch.object(load, "keep_freed_memory", lambda: None)
         case _:
@@ -195,7 +195,7 @@ def _untiled(hidden: Tensor, head: Head, targets: Tensor, *, collision: bool = F
 class _EveryPosition(PairScorer):
     """Its head gets the states of every position: first those that predict something, as ever, then the others."""
 
-    def _rows(self, batch: PairBatch) -> Rows:
+    def _rows(self, batch: PairBatch) -> TokenRows:
         rows = super()._rows(batch)
         others = torch.ones(rows.input_ids.numel(), dtype=torch.bool)
         others[rows.predicting] = False

@@ -210,7 +210,7 @@ def test_changes_of_the_model(model_dir, tmp_path, name, content, words):
 def test_weights_files_that_come_and_go(model_dir):
     before = build(model_dir)
     after = with_reference(before, weights={"model-1.safetensors": "0" * 64})
-    assert compare(before, after) == ["weights: model-1.safetensors is new", "weights: model.safetensors is gone"]
+    assert compare(before, after) == ["weights: model.safetensors is missing", "weights: model-1.safetensors is new"]
 
 
 def test_remote_code_counts_where_it_is_run(model_dir, tmp_path):

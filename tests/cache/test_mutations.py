@@ -147,7 +147,7 @@ DETECTED: Mapping[str, tuple[Mutation, str]] = {
     "one weight": (one_weight, "weights: model.safetensors differs"),
     "weights in files of other names": (
         weights_in_two_files,
-        "weights: model-00001-of-00001.safetensors is new; weights: model.safetensors is gone",
+        "weights: model.safetensors is missing; weights: model-00001-of-00001.safetensors is new",
     ),
     "rope": (
         config(lambda value: value["rope_parameters"].update(rope_theta=20000.0)),

@@ -97,7 +97,7 @@ def test_another_adapter_is_another_reference(dpocli: Run, run: Path, adapted_ca
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 16, "--out", adapted_cache)
     changed = dpocli(*line, "--adapter", other)
     assert changed.code == 4
-    assert re.search(r"adapter: weights: \w+", changed.err)
+    assert "adapter: weights differs" in changed.err
     assert dpocli(*line).code == 4
 
 
@@ -318,7 +318,10 @@ def test_an_adapter_that_lies_within_its_base(dpocli: Run, run: Path, tmp_path: 
             ("--lora-rank", 2, "--lora-targets", ".*q_proj"),
             f"no layer named .*q_proj; did you mean q_proj? {THERE_ARE}",
         ),
-        (("--lora-rank", 2, "--lora-targets", "all-linear,lm_head"), f"all-linear stands alone. {THERE_ARE}"),
+        (
+            ("--lora-rank", 2, "--lora-targets", "all-linear,lm_head"),
+            f"all-linear must be the only target. {THERE_ARE}",
+        ),
         (
             ("--lora-rank", 2, "--lora-targets", "q_proj,mlp"),
             f"model.layers.0.mlp is a LlamaMLP, and {CARRIERS} {THERE_ARE}",

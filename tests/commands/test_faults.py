@@ -25,7 +25,7 @@ from dpocli.data.encoder import Encoder
 from dpocli.errors import CacheError
 from dpocli.run.directory import RunDirectory
 from dpocli.run.files import ABANDONED_HERE_SECONDS
-from dpocli.run.status import StatusFile, is_alive
+from dpocli.run.status import StatusFile
 from tests.caches import content_of, pairs_in, parts_of
 from tests.commands.conftest import HELD_OUT, MODEL, ROOT, TRAIN, Run, quiet
 from tests.commands.warm_workers import BEGUN, WRITTEN, TokenCounter, Worker
@@ -279,9 +279,7 @@ def test_a_full_disk_while_a_part_is_written(
     with monkeypatch.context() as patch:
         on_call(patch, CacheWriter, "_write_groups", number, no_room)
         result = dpocli(*LINE, "--out", out)
-    assert_refused(
-        result, RESOURCES, f"Writing {out}/rows-", "no space left on device", "Make room", "goes on from here"
-    )
+    assert_refused(result, RESOURCES, f"Writing {out}/rows-", "no space left on device", "Make room", "to resume")
     assert '"state": "failed"' in (out / "status.json").read_text()
     assert len(part_names(out)) == number - 1
     assert not temporaries(out)
@@ -610,6 +608,94 @@ def test_a_status_with_values_of_other_types(
     same_line(ref)
 
 
+# a finished result
+
+
+@pytest.fixture(scope="module")
+def finished_run(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[object], Path]:
+    """A finished training, and its command line."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    line = ["train", "--model", MODEL, "--reference", whole, "--max-steps", 1, "--batch-size", 4, "--out", out]
+    quiet(*line)
+    return line, out
+
+
+def by_another_process(directory: Path) -> None:
+    """A status that this process wrote would stay for that reason alone."""
+    path = directory / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": 1, "pid_started": 1}))
+
+
+def everything(directory: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(directory.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        (("--max-length", 256), CACHE),
+        (("--data", HELD_OUT), CACHE),
+        (("--dtype", "bfloat16"), CACHE),
+        (("--limit", 9), CACHE),
+        (("--model", "nowhere"), USAGE),
+        (("--maxlength", 256), USAGE),
+        (("--shard", "0/2", "--max-length", 256), CACHE),
+    ],
+    ids=str,
+)
+def test_a_refused_precompute_leaves_a_finished_cache_as_it_is(
+    more: tuple[object, ...], code: int, ref: Path, dpocli: Run
+) -> None:
+    (ref / ".status-0-of-2.lock").touch()
+    (ref / ".hashes.json").unlink()
+    by_another_process(ref)
+    before = everything(ref)
+    assert_refused(dpocli(*LINE, *more, "--out", ref), code)
+    assert everything(ref) == before
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--beta", 0.3), ("--model", "nowhere"), ("--bete", 1), ("--reference", "nowhere"), ("--max-steps", 2)],
+    ids=str,
+)
+def test_a_refused_train_leaves_a_finished_run_as_it_is(
+    more: tuple[object, ...], finished_run: tuple[list[object], Path], dpocli: Run
+) -> None:
+    line, out = finished_run
+    by_another_process(out)
+    before = everything(out)
+    assert_refused(dpocli(*line, *more), USAGE)
+    assert everything(out) == before
+
+
+@pytest.mark.parametrize("state", ["preempted", "failed"])
+def test_a_refused_start_of_what_is_not_finished_is_recorded(state: str, ref: Path, dpocli: Run) -> None:
+    """Otherwise a script that requeues while the state is "preempted" does so for ever."""
+    by_another_process(ref)
+    path = ref / "status.json"
+    for more, code in ((("--max-length", 256), CACHE), (("--maxlength", 256), USAGE)):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"state": state, "exit_code": 75, "pid": 1}))
+        assert_refused(dpocli(*LINE, *more, "--out", ref), code)
+        status = json.loads(path.read_text())
+        assert (status["state"], status["exit_code"]) == ("failed", code)
+
+
+@pytest.mark.parametrize("asked", ["dry_run: true", "verify: 3"])
+def test_a_look_that_a_file_asks_for_is_not_recorded(asked: str, ref: Path, tmp_path: Path, dpocli: Run) -> None:
+    by_another_process(ref)
+    path = ref / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "preempted"}))
+    before = everything(ref)
+    (config := tmp_path / "config.yaml").write_text(f"out: {ref}\nmodel: nowhere\ndata: [{TRAIN}]\n")
+    for more, is_recorded in ((asked, False), ("limit: 9", True)):
+        config.write_text(
+            config.read_text() + more + "\n" if not is_recorded else config.read_text().replace(asked, more)
+        )
+        assert_refused(dpocli("precompute", "--config", config), USAGE, "nowhere")
+        assert (everything(ref) != before) == is_recorded
+
+
 def test_a_killed_writer_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> None:
     """As in containers whose first process waits for nobody."""
     script = (
@@ -621,9 +707,9 @@ def test_a_killed_writer_that_nobody_has_waited_for_is_dead(tmp_path: Path) -> N
         writer.stdout.readline()
         status = StatusFile(tmp_path).read()
         assert status
-        was_alive = is_alive(status)
+        was_alive = status.is_alive
         writer.kill()
         os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays to be waited for
-        is_alive_after = is_alive(status)
+        is_alive_after = status.is_alive
     assert was_alive
     assert not is_alive_after

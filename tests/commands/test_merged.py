@@ -10,11 +10,10 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpocli.config.commands import TrainOptions
 from dpocli.config.options import ModelOptions
+from dpocli.config.training_options import LoraOptions
 from dpocli.errors import NumericsError, UsageError
-from dpocli.model import lora as adapter
-from dpocli.model import lora as ties
+from dpocli.model import lora
 from dpocli.model import merge as merging
 from dpocli.model.identity import ModelFiles
 from dpocli.model.lora import quietly
@@ -58,7 +57,7 @@ def adapted(base: Path, directory: Path, **settings: Any) -> Tensor:
 
 
 def merged(base: Path, directory: Path) -> Path:
-    out, options = directory.with_name("merged"), ModelOptions(model=str(base))
+    out, options = directory.with_name("merged"), ModelOptions.model_validate({"model": str(base)})
     merge(out, ModelFiles(base), directory, options, AutoTokenizer.from_pretrained(MODEL), Provenance())
     return out
 
@@ -116,10 +115,10 @@ def test_one_that_loads_with_other_weights_is_not_left(tmp_path: Path, monkeypat
 
 
 def test_an_architecture_that_always_ties_is_refused_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"model": "m", "out": "o", "reference": "r", "lora_rank": 2, "merge": True}
-    on_head = TrainOptions.model_validate(given | {"lora_targets": ["lm_head"]})
-    adapter.new(load(MODEL), on_head)
-    monkeypatch.setattr(ties, "say_untied", lambda _: None)
+    given = {"lora_rank": 2, "merge": True}
+    on_head = LoraOptions.model_validate(given | {"lora_targets": ["lm_head"]})
+    lora.new(load(MODEL), on_head, 0)
+    monkeypatch.setattr(lora, "say_untied", lambda _: None)
     with pytest.raises(UsageError, match="--merge: lm_head names an embedding"):
-        adapter.new(load(MODEL), on_head)
-    adapter.new(load(MODEL), TrainOptions.model_validate(given))
+        lora.new(load(MODEL), on_head, 0)
+    lora.new(load(MODEL), LoraOptions.model_validate(given), 0)

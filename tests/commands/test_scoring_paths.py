@@ -1,4 +1,4 @@
-"""`--scoring`: how pairs stand in rows changes speed and nothing else, and what was chosen is written down."""
+"""`--scoring`: the layout affects speed, not results, and is recorded."""
 
 import json
 import shutil
@@ -21,14 +21,14 @@ LIMIT = 24
 PRECOMPUTE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", LIMIT, "--rows-per-part", 8)
 TRAINING = ("--learning-rate", "5e-4", "--batch-size", 8, "--max-steps", 4, "--token-budget", 700)
 RECORD = {
-    "scoring", "attention", "tokens_computed", "tokens_unique", "tokens_scored", "padding_share", "passes_split", "seconds", "unique_tokens_per_second",
-    "fraction_of_flop_floor",
+    "scoring", "attention", "tokens_computed", "tokens_unique", "tokens_scored", "padding_share", "passes_split", "seconds",
+    "unique_tokens_per_second",
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same pairs, scored in every way."""
+    """The same pairs, scored in every layout."""
     root = tmp_path_factory.mktemp("caches")
     for layout in LAYOUTS:
         quiet(*PRECOMPUTE, "--out", root / layout, "--scoring", layout)
@@ -37,7 +37,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def runs(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same training, in every way, from one cache."""
+    """The same training in every layout, from one cache."""
     root = tmp_path_factory.mktemp("runs")
     for layout in LAYOUTS:
         quiet(
@@ -75,7 +75,7 @@ def information_of(part: Path) -> dict[str, Any]:
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     numbers = {name: value for name, value in expected.items() if isinstance(value, int | float)}
-    # While the policy is the reference, only rounding tells a tie from an order.
+    # While the policy equals the reference, rounding decides whether a pair is a tie.
     numbers = {name: value for name, value in numbers.items() if not name.endswith(("accuracies", "ties"))}
     assert {name: found[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-4)
 
@@ -108,13 +108,13 @@ def test_a_cache_begun_in_one_way_is_finished_in_another(
 ) -> None:
     out = tmp_path / "cache"
     shutil.copytree(caches[first], out)
-    *kept, gone = sorted(out.glob("rows-*"))
+    *kept, removed = sorted(out.glob("rows-*"))
     before = [part.stat().st_mtime_ns for part in kept]
-    gone.unlink()
+    removed.unlink()
     result = dpocli(*PRECOMPUTE, "--out", out, "--scoring", then)
     assert result.code == 0, result.err
     assert [part.stat().st_mtime_ns for part in kept] == before
-    assert information_of(gone)["scoring"] == ("shared" if then == "auto" else then)
+    assert information_of(removed)["scoring"] == ("shared" if then == "auto" else then)
     assert information_of(kept[0])["scoring"] == first
     assert_same_values(out, caches["padded"])
 
@@ -239,7 +239,7 @@ def test_a_model_that_cannot_share_is_scored_plainly_and_that_is_said(
     line = ("precompute", "--model", recurrent, "--data", TRAIN, "--limit", 4, "--out", tmp_path / "cache")
     result = dpocli(*line)
     assert result.code == 0, result.err
-    assert "Scoring is padded with sdpa; what is faster cannot be used here" in result.err
+    assert "Scoring is padded with sdpa; faster layouts cannot be used here" in result.err
     assert summary_of(tmp_path / "cache")["scoring"]["scoring"] == "padded"
 
 

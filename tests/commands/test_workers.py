@@ -279,6 +279,7 @@ def test_a_companion_that_is_stopped_later_leaves_the_outcome_of_the_first(
 def test_a_companion_with_other_settings_is_refused(alone: Path, tmp_path: Path, dpocli: Run) -> None:
     out = tmp_path / "ref"
     shutil.copytree(alone, out)
+    (out / "status.json").unlink()  # a finished one would show no writer until it is accepted
     before = tree(out)
     with RunDirectory(out, "precompute", companions=True):
         result = dpocli(*LINE, "--max-length", 50, "--out", out)

@@ -76,10 +76,12 @@ def test_an_environment_that_srun_does_not_make(
 def test_tasks_of_a_machine_take_its_devices_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     environment(monkeypatch, TORCHRUN)
     for local, expected in (("0", 0), ("1", 1), ("3", 1)):
         environment(monkeypatch, SLURM, {"SLURM_LOCALID": local})
-        assert pick_device("auto", "slurm") == torch.device("cuda", expected)
+        assert pick_device("auto", "slurm") == current[-1] == torch.device("cuda", expected)
     assert pick_device("auto") == torch.device("cuda", 0)
     assert pick_device("cpu", "slurm") == torch.device("cpu")
 

@@ -34,6 +34,26 @@ def hashed_files(monkeypatch):
     return seen
 
 
+def hashed_with(memory_path, directory):
+    """The hashes of a model, by a memory that is saved afterwards."""
+    memory = HashMemory(memory_path)
+    hashes = weights_hashes(directory, memory)
+    memory.save()
+    return hashes
+
+
+@pytest.fixture
+def recalled(monkeypatch):
+    """What a memory knows of a file without reading it."""
+
+    def recall(memory, file):
+        with monkeypatch.context() as patch:
+            patch.setattr(hashing, "sha256_of_file", lambda path: None)
+            return HashMemory(memory).sha256(file)
+
+    return recall
+
+
 def test_one_file(model):
     assert weights_hashes(model) == {"model.safetensors": sha256(b"weights")}
 
@@ -76,7 +96,7 @@ def test_hashes_are_remembered_until_the_file_changes(model, tmp_path, monkeypat
     memory = tmp_path / ".hashes.json"
     seen = hashed_files(monkeypatch)
     for _ in range(3):
-        weights_hashes(model, HashMemory(memory))
+        hashed_with(memory, model)
     assert seen == ["model.safetensors"]
     write_weights(model / "model.safetensors", b"WEIGHTS", age=50)
     assert weights_hashes(model, HashMemory(memory)) == {"model.safetensors": sha256(b"WEIGHTS")}
@@ -84,33 +104,33 @@ def test_hashes_are_remembered_until_the_file_changes(model, tmp_path, monkeypat
 
 def test_a_file_that_may_still_be_changing_is_not_remembered(model, tmp_path):
     write_weights(model / "model.safetensors", b"fresh", age=0)
-    weights_hashes(model, HashMemory(tmp_path / ".hashes.json"))
+    hashed_with(tmp_path / ".hashes.json", model)
     assert not (tmp_path / ".hashes.json").exists()
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"%s": 3}', '{"%s": {"size": 7, "sha256": "x"}}'])
-def test_a_damaged_memory_costs_time_only(model, tmp_path, damage):
+def test_a_damaged_memory_costs_time_only(model, tmp_path, damage, recalled):
     memory = tmp_path / ".hashes.json"
     memory.write_text(damage.replace("%s", str(model / "model.safetensors")))
-    assert weights_hashes(model, HashMemory(memory)) == {"model.safetensors": sha256(b"weights")}
-    assert HashMemory(memory).recall(model / "model.safetensors") == sha256(b"weights")
+    assert hashed_with(memory, model) == {"model.safetensors": sha256(b"weights")}
+    assert recalled(memory, model / "model.safetensors") == sha256(b"weights")
 
 
 def test_a_memory_that_cannot_be_written_costs_time_only(model, tmp_path):
-    assert weights_hashes(model, HashMemory(tmp_path / "not" / "there.json"))
+    assert hashed_with(tmp_path / "not" / "there.json", model)
 
 
-def test_workers_share_a_memory(model, tmp_path):
+def test_workers_share_a_memory(model, tmp_path, recalled):
     memory = tmp_path / ".hashes.json"
-    threads = [threading.Thread(target=weights_hashes, args=(model, HashMemory(memory))) for _ in range(8)]
+    threads = [threading.Thread(target=hashed_with, args=(memory, model)) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert HashMemory(memory).recall(model / "model.safetensors") == sha256(b"weights")
+    assert recalled(memory, model / "model.safetensors") == sha256(b"weights")
 
 
-def test_an_entry_of_another_worker_is_kept(model, tmp_path):
+def test_an_entry_of_another_worker_is_kept(model, tmp_path, recalled):
     other = tmp_path / "other.safetensors"
     write_weights(other, b"other")
     first, second = HashMemory(tmp_path / ".hashes.json"), HashMemory(tmp_path / ".hashes.json")
@@ -118,7 +138,7 @@ def test_an_entry_of_another_worker_is_kept(model, tmp_path):
     second.sha256(model / "model.safetensors")
     first.save()
     second.save()
-    assert HashMemory(tmp_path / ".hashes.json").recall(other) == sha256(b"other")
+    assert recalled(tmp_path / ".hashes.json", other) == sha256(b"other")
 
 
 def test_fields_of_config_json_without_meaning(tmp_path):
@@ -152,7 +172,7 @@ def test_code_beside_a_model(tmp_path):
 def test_other_content_under_an_old_date_is_other_content(model, tmp_path):
     """As archives and `cp -p` leave it: the same name, size and time."""
     path, memory = model / "model.safetensors", tmp_path / ".hashes.json"
-    weights_hashes(model, HashMemory(memory))
+    hashed_with(memory, model)
     date = path.stat().st_mtime_ns
     path.write_bytes(b"WEIGHTS")
     os.utime(path, ns=(date, date))

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import pytest
@@ -14,10 +15,11 @@ import yaml
 from dpocli.config.commands import PrecomputeOptions
 from dpocli.config.parsing import load_options
 from dpocli.distributed.signals import StopFlag
-from dpocli.errors import DataError, PreemptedError, UsageError
+from dpocli.errors import CacheError, DataError, PreemptedError, UsageError
 from dpocli.run import directory, status
 from dpocli.run.directory import RunDirectory
 from dpocli.run.metrics_log import MetricsLog
+from dpocli.run.process import start_time
 from dpocli.run.status import Outcome, StatusFile, new_status, record_failure
 
 
@@ -153,7 +155,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 
 def test_without_locks_the_process_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "no locks available")))
-    leave_behind(tmp_path, pid=os.getppid(), pid_started=status.process_start(os.getppid()))
+    leave_behind(tmp_path, pid=os.getppid(), pid_started=start_time(os.getppid()))
     with pytest.raises(UsageError, match=f"process {os.getppid()} "), RunDirectory(tmp_path, "train"):
         pass
 
@@ -211,17 +213,13 @@ def test_shards_share_a_directory(tmp_path):
     assert not (tmp_path / "status.json").exists()
 
 
-# what companions leave
+# what additional writers leave
 
 
 def leave_companion(path, host, pid, **changes):
-    """The lock of a companion; and a status and a failure, if there are changes to a new status."""
-    name = f"status-{host}-{pid}"
-    if changes:
-        left = replace(new_status("precompute"), **{"host": host, "pid": pid} | changes)
-        StatusFile(path, companion=f"-{host}-{pid}").write(left)
-        (path / f".failure-of-{name}.json").write_text("{}")
-    (path / f".{name}.lock").touch()
+    """The status of an additional writer."""
+    left = replace(new_status("precompute"), **{"host": host, "pid": pid} | changes)
+    StatusFile(path, writer=f"-{host}-{pid}").write(left)
 
 
 def companions_in(path):
@@ -244,39 +242,15 @@ def test_dead_companions_go_with_the_next_start(tmp_path, dead_pid, state):
         assert companions_in(tmp_path) == []
 
 
-def test_a_companion_that_was_killed_before_it_had_a_status(tmp_path, dead_pid):
-    leave_companion(tmp_path, socket.gethostname(), dead_pid)
-    leave_companion(tmp_path, socket.gethostname(), os.getppid())
-    leave_companion(tmp_path, "node-7", dead_pid)
-    with RunDirectory(tmp_path, "precompute", companions=True):
-        left = [f".status-{socket.gethostname()}-{os.getppid()}.lock", f".status-node-7-{dead_pid}.lock"]
-        assert companions_in(tmp_path) == sorted(left), "those whose processes are there, or cannot be looked for"
-
-
 def test_living_companions_and_other_shards_keep_their_files(tmp_path):
-    leave_companion(tmp_path, socket.gethostname(), os.getppid(), pid_started=status.process_start(os.getppid()))
+    leave_companion(tmp_path, socket.gethostname(), os.getppid(), pid_started=start_time(os.getppid()))
     leave_companion(tmp_path, "node-7", 3, state="running")
     dead = replace(new_status("precompute"), host="node-7", pid=3, heartbeat=0.0)
-    for companion in ("", "-node-7-3"):
-        file = StatusFile(tmp_path, "1/2", companion)
-        file.write(dead)
-        file.lock_path.touch()
+    for writer in ("", "-node-7-3"):
+        StatusFile(tmp_path, "1/2", writer).write(dead)
     before = companions_in(tmp_path)
     with RunDirectory(tmp_path, "precompute", companions=True):
         assert companions_in(tmp_path) == before
-
-
-def test_the_lock_of_a_companion_decides(tmp_path):
-    """By its status alone it is dead: the clocks of two hosts may differ."""
-    leave_companion(tmp_path, "node-7", 3, heartbeat=0.0)
-    lock = tmp_path / ".status-node-7-3.lock"
-    with subprocess.Popen([sys.executable, "-c", LOCK, lock], stdout=subprocess.PIPE, text=True) as holder:
-        assert holder.stdout.readline() == "locked\n"
-        with RunDirectory(tmp_path, "precompute", companions=True):
-            assert lock.exists()
-        holder.kill()
-    with RunDirectory(tmp_path, "precompute", companions=True):
-        assert companions_in(tmp_path) == []
 
 
 def test_a_companion_removes_nothing(tmp_path):
@@ -287,13 +261,78 @@ def test_a_companion_removes_nothing(tmp_path):
             assert (tmp_path / "status-node-7-3.json").exists()
 
 
-LOCK = """
-import fcntl, sys, time
-with open(sys.argv[1], "a") as file:
-    fcntl.lockf(file, fcntl.LOCK_EX)
-    print("locked", flush=True)
-    time.sleep(3600)
-"""
+# a finished result
+
+
+REFUSED, STOPPED, INTERRUPTED = CacheError("refused"), PreemptedError("stopped"), KeyboardInterrupt()
+
+
+def contents(path):
+    return {found.name: found.read_bytes() for found in path.iterdir()}
+
+
+def start(path, error=None, *, accept=None, **named):
+    """A command in the directory: with `accept`, the options, it goes as far as writing them."""
+    with suppress(type(error) if error else NotImplementedError), RunDirectory(path, "precompute", **named) as run:
+        run.update(step=7, message="hashing", at_once=True)
+        if accept:
+            run.write_config(accept)
+        if error:
+            raise error
+
+
+@pytest.fixture
+def options(tmp_path):
+    return load_options(PrecomputeOptions, {"model": "m", "out": str(tmp_path), "data": ["d"]})
+
+
+@pytest.mark.parametrize("error", [REFUSED, INTERRUPTED, None], ids=["refused", "interrupted", "nothing to do"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_start_that_is_not_accepted_leaves_a_finished_result_alone(tmp_path, monkeypatch, error, rank):
+    monkeypatch.setattr(directory, "HEARTBEAT_SECONDS", 0.001)
+    start(tmp_path)
+    assert status_of(tmp_path)["state"] == "done"
+    before = contents(tmp_path)
+    start(tmp_path, error, rank=rank, companions=True)
+    record_failure(tmp_path, Outcome.of(error), "precompute")
+    assert contents(tmp_path) == before
+
+
+def test_an_accepted_start_replaces_the_status_of_a_finished_result(tmp_path, options):
+    start(tmp_path)
+    with RunDirectory(tmp_path, "precompute") as run:
+        assert status_of(tmp_path)["state"] == "done"
+        run.write_config(options)
+        assert status_of(tmp_path)["state"] == "running"
+    start(tmp_path, REFUSED, accept=options)
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["step"]) == ("failed", 7)
+
+
+@pytest.mark.parametrize("state", [None, "preempted", "failed", "running"])
+def test_a_refused_start_is_recorded_where_no_result_is_finished(tmp_path, state):
+    if state:
+        leave_behind(tmp_path, command="precompute", state=state, pid=1, pid_started=1)
+    start(tmp_path, REFUSED)
+    assert (status_of(tmp_path)["state"], status_of(tmp_path)["message"]) == ("failed", "refused")
+
+
+def test_a_stop_before_a_start_is_accepted_is_recorded(tmp_path):
+    start(tmp_path)
+    start(tmp_path, STOPPED)
+    assert status_of(tmp_path)["state"] == "preempted"
+
+
+def test_another_shard_of_a_finished_cache(tmp_path, options):
+    start(tmp_path, shard="0/2")
+    before = contents(tmp_path)
+    for shard in ("1/2", "0/1", "0/3"):
+        start(tmp_path, REFUSED, shard=shard)
+    left = {name for name in contents(tmp_path) if not name.endswith(".lock")}
+    assert left == {"status-0-of-2.json"}
+    assert before.items() <= contents(tmp_path).items()
+    start(tmp_path, REFUSED, accept=options, shard="1/2")
+    start(tmp_path, REFUSED, shard="1/2")
+    assert status_of(tmp_path, "status-1-of-2.json")["state"] == "failed"
 
 
 # failures before the run directory is entered

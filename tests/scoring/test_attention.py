@@ -20,7 +20,7 @@ from dpocli.scoring.scorer import PairScorer
 from tests.pairs import random_pairs
 from tests.scoring.test_scorer import BATCHING_TOLERANCE, plain_batch
 from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, TRAPS, WINDOW, build, length_dependent
+from tests.tiny_models import FAMILIES, TRAPS, WINDOW, build, families, length_dependent
 
 WITHOUT_INTERFACE = {"gptj-biased"}
 REPLACEABLE = [family for family in (*FAMILIES, *TRAPS) if family not in WITHOUT_INTERFACE]
@@ -66,7 +66,7 @@ def assert_same(found: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
         torch.testing.assert_close(side.double(), expected_side.double(), **BATCHING_TOLERANCE)
 
 
-@pytest.mark.parametrize("family", REPLACEABLE)
+@pytest.mark.parametrize("family", families(REPLACEABLE))
 def test_every_layout_gives_the_values_of_one_sequence_at_a_time(family: str) -> None:
     pairs = awkward_pairs()
     oracle = build(family)
@@ -82,7 +82,7 @@ def test_every_layout_gives_the_values_of_one_sequence_at_a_time(family: str) ->
 
 
 @pytest.mark.parametrize("layout", ONE_ROW)
-@pytest.mark.parametrize("family", REPLACEABLE)
+@pytest.mark.parametrize("family", families(REPLACEABLE))
 def test_gradients_are_those_of_the_padded_layout(family: str, layout: Layout) -> None:
     batch = PairBatch.of(awkward_pairs())
     expected = gradients(scorer_of(build(family), Layout.PADDED), batch)
@@ -91,7 +91,7 @@ def test_gradients_are_those_of_the_padded_layout(family: str, layout: Layout) -
 
 
 @pytest.mark.parametrize("layout", ONE_ROW)
-@pytest.mark.parametrize("family", ["llama-tied", "qwen3-moe", "gpt2", *list(TRAPS)[:5]])
+@pytest.mark.parametrize("family", families(["llama-tied", "qwen3-moe", "gpt2", *list(TRAPS)[:5]]))
 def test_layers_computed_again_in_the_backward_pass_see_the_same_row(family: str, layout: Layout) -> None:
     batch = PairBatch.of(awkward_pairs())
     expected = gradients(scorer_of(build(family), Layout.PADDED), batch)
@@ -135,7 +135,7 @@ def test_the_models_own_attention_comes_back_with_the_padded_layout(family: str)
             }
         scorer.lay_out(Layout.PADDED)
         after = scorer(PairBatch.of(random_pairs(3)))
-    assert scorer.way == {"scoring": "padded", "attention": own}
+    assert scorer.layout_info == {"scoring": "padded", "attention": own}
     assert torch.equal(before.chosen, after.chosen)
 
 

@@ -1,5 +1,6 @@
 """The block mask shows each token what its own sequence has up to it, and its lists of blocks leave nothing out."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.integrations import flex_attention as library
 
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout
+from dpocli.scoring import block_mask
 from dpocli.scoring.block_mask import BLOCK, BlockMasks
 from dpocli.scoring.layout import Segment
 from dpocli.scoring.scorer import PairScorer
@@ -27,17 +29,18 @@ WINDOWS = [None, 1, 7, BLOCK, BLOCK + 2, 2 * BLOCK - 1, 300]
 
 
 def naive(segments: tuple[Segment, ...], window: int | None) -> Tensor:
-    """Who sees whom, by walking from each token up its own sequence. Shape (tokens, tokens), bool."""
+    """Who sees whom, from the tokens of each sequence in order. Shape (tokens, tokens), bool."""
     size = sum(segment.size for segment in segments)
     seen = torch.zeros(size, size, dtype=torch.bool)
     start = 0
     for segment in segments:
-        trunk = list(range(start, start + segment.trunk))
+        trunk = torch.arange(start, start + segment.trunk)
         start += segment.trunk
         for length in segment.branches:
-            sequence = trunk + list(range(start, start + length))
-            for place, token in enumerate(sequence):
-                seen[token, sequence[max(0, place + 1 - (window or size)) : place + 1]] = True
+            sequence = torch.cat([trunk, torch.arange(start, start + length)])
+            place = torch.arange(len(sequence))
+            distance = place[:, None] - place
+            seen[sequence[:, None], sequence] |= (distance >= 0) & (distance < (window or size))
             start += length
     return seen
 
@@ -62,23 +65,22 @@ ON_BLOCK_EDGES = (
     Segment(BLOCK - 1, (1, BLOCK)),
     Segment(0, (BLOCK,)),
 )
-ROWS = [*map(random_segments, range(12)), ON_BLOCK_EDGES, (Segment(0, (1,)),), (Segment(3 * BLOCK + 5, (2, 3)),)]
 
 
 def asked(masks: BlockMasks, window: int | None, size: int) -> Tensor:
-    """What the function of batch, head, query and key says about all pairs of tokens."""
+    """`mask_mod` for all pairs of tokens. Shape (tokens, tokens), bool."""
     zero, index = torch.tensor(0), torch.arange(size)
-    return masks.sees(window)(zero, zero, index[:, None], index[None])
+    return masks.mask_mod(window)(zero, zero, index[:, None], index[None])
 
 
 @dataclass
 class Listed:
     """Blocks that the kernel computes. Shape (blocks, blocks), bool."""
 
-    asked: Tensor
-    """In which it asks about every pair of tokens."""
+    partial: Tensor
+    """In which `mask_mod` is called."""
     full: Tensor
-    """In which it does not ask."""
+    """In which it is not called."""
 
     @classmethod
     def of(cls, mask: BlockMask) -> "Listed":
@@ -111,35 +113,88 @@ def by_token(blocks: Tensor, size: int) -> Tensor:
     return blocks.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:size, :size]
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("segments", ROWS, ids=range(len(ROWS)))
-def test_tokens_see_their_own_sequence_and_no_further_back_than_the_window(
-    segments: tuple[Segment, ...], window: int | None
-) -> None:
+def assert_tokens_see_their_own_sequence(segments: tuple[Segment, ...], window: int | None) -> None:
+    """And no further back than the window."""
     expected = naive(segments, window)
     assert torch.equal(asked(BlockMasks(segments, CPU), window, len(expected)), expected)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("segments", ROWS, ids=range(len(ROWS)))
-def test_the_kernel_computes_just_what_is_seen(segments: tuple[Segment, ...], window: int | None) -> None:
+def assert_blocks_cover_just_what_is_seen(segments: tuple[Segment, ...], window: int | None) -> None:
     expected = naive(segments, window)
     size = len(expected)
     mask = BlockMasks(segments, CPU).of(window)
     assert mask.seq_lengths == (size, size)
     listed = Listed.of(mask)
-    assert not (listed.asked & listed.full).any(), "a block in both lists is counted twice"
+    assert not (listed.partial & listed.full).any(), "a block in both lists is counted twice"
     assert not (by_token(listed.full, size) & ~expected).any(), "a block in which not all is seen"
-    assert (expected <= by_token(listed.asked | listed.full, size)).all(), (
+    assert (expected <= by_token(listed.partial | listed.full, size)).all(), (
         "a block is missing in which something is seen"
     )
     computed = by_token(listed.full, size) | (
-        by_token(listed.asked, size) & asked(BlockMasks(segments, CPU), window, size)
+        by_token(listed.partial, size) & asked(BlockMasks(segments, CPU), window, size)
     )
     assert torch.equal(computed, expected)
     backward = Listed.of_backward_pass(mask)
-    assert torch.equal(backward.asked, listed.asked)
+    assert torch.equal(backward.partial, listed.partial)
     assert torch.equal(backward.full, listed.full)
+
+
+@pytest.mark.parametrize("check", [assert_tokens_see_their_own_sequence, assert_blocks_cover_just_what_is_seen])
+def test_masks_of_random_rows(check: Callable[[tuple[Segment, ...], int | None], None]) -> None:
+    for seed in range(12):
+        for window in WINDOWS:
+            check(random_segments(seed), window)
+
+
+@pytest.mark.parametrize(
+    ("segments", "window"),
+    [
+        *((ON_BLOCK_EDGES, window) for window in WINDOWS),
+        ((Segment(0, (1,)),), None),
+        ((Segment(3 * BLOCK + 5, (2, 3)),), None),
+        ((Segment(3 * BLOCK + 5, (2, 3)),), BLOCK),
+    ],
+)
+def test_masks_on_block_edges(segments: tuple[Segment, ...], window: int | None) -> None:
+    assert_tokens_see_their_own_sequence(segments, window)
+    assert_blocks_cover_just_what_is_seen(segments, window)
+
+
+def blocks_by_whole_matrices(segments: tuple[Segment, ...], window: int | None) -> tuple[Tensor, Tensor]:
+    """Visible and full blocks, worked out for all pairs of blocks before the part of two spans is cut out."""
+    spans = list(block_mask._spans(segments))
+    index = torch.arange(-(-spans[-1].stop // BLOCK))
+    visible, full = torch.zeros(2, len(index), len(index), dtype=torch.bool)
+    for queries in spans:
+        for keys in filter(queries.sees, spans):
+            shift = (queries.position - queries.start) - (keys.position - keys.start)
+            nearest = index[:, None] * BLOCK - (index[None] + 1) * BLOCK + 1 + shift
+            farthest = (index[:, None] + 1) * BLOCK - 1 - index[None] * BLOCK + shift
+            reach = block_mask.NO_WINDOW if window is None else window
+            touched = queries.touched_blocks, keys.touched_blocks
+            visible[touched] |= ((farthest >= 0) & (nearest < reach))[touched]
+            whole = queries.whole_blocks, keys.whole_blocks
+            full[whole] |= ((nearest >= 0) & (farthest < reach))[whole]
+    return visible, full
+
+
+def test_blocks_are_those_of_whole_matrices() -> None:
+    for segments in (*map(random_segments, range(20)), ON_BLOCK_EDGES):
+        for window in WINDOWS:
+            listed = Listed.of(BlockMasks(segments, CPU).of(window))
+            visible, full = blocks_by_whole_matrices(segments, window)
+            assert torch.equal(listed.partial, visible & ~full)
+            assert torch.equal(listed.full, full)
+
+
+def test_a_pair_of_spans_computes_its_own_blocks_only() -> None:
+    """One int64 matrix over the whole row of 65,536 tokens would have 2 MiB, allocated for every pair of spans."""
+    spans = list(block_mask._spans((Segment(130, (65, 61)),) * 256))
+    tracemalloc.start()
+    block_mask._blocks(spans, 512, 1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 2 * 512**2 <= peak < 2 * 512**2 + 300_000, "two matrices of booleans, and a little"
 
 
 def test_long_rows_of_short_pairs_compute_few_blocks() -> None:
@@ -147,17 +202,17 @@ def test_long_rows_of_short_pairs_compute_few_blocks() -> None:
     mask = BlockMasks((Segment(200, (100, 84)),) * 32, CPU).of(None)
     blocks = 32 * 3
     listed = Listed.of(mask)
-    assert int((listed.asked | listed.full).sum()) <= 6 * blocks < blocks**2 / 10
+    assert int((listed.partial | listed.full).sum()) <= 6 * blocks < blocks**2 / 10
 
 
 def test_whole_blocks_inside_a_sequence_are_not_asked_about() -> None:
     length = 16
     listed = Listed.of(BlockMasks((Segment(0, (length * BLOCK,)),), CPU).of(None))
     assert int(listed.full.sum()) == length * (length - 1) // 2
-    assert torch.equal(listed.asked, torch.eye(length, dtype=torch.bool))
+    assert torch.equal(listed.partial, torch.eye(length, dtype=torch.bool))
     windowed = Listed.of(BlockMasks((Segment(0, (length * BLOCK,)),), CPU).of(3 * BLOCK))
     assert int(windowed.full.sum()) == (length - 1) + (length - 2)
-    assert int(windowed.asked.sum()) == length + (length - 3)
+    assert int(windowed.partial.sum()) == length + (length - 3)
 
 
 def test_each_window_has_a_mask_that_is_made_once() -> None:
@@ -196,7 +251,7 @@ def test_flex_attention_gives_the_values_of_attention_by_segment(
         found = scorer(batch)
     assert all(length % 128 == 0 for mask in uncompiled for length in mask.seq_lengths)
     assert len({id(mask) for mask in uncompiled}) == (2 if family.startswith("gemma") else 1)
-    assert scorer.way == {"scoring": str(layout), "attention": "flex_attention"}
+    assert scorer.layout_info == {"scoring": str(layout), "attention": "flex_attention"}
     torch.testing.assert_close(found.chosen, expected.chosen, **BATCHING_TOLERANCE)
     torch.testing.assert_close(found.rejected, expected.rejected, **BATCHING_TOLERANCE)
 

@@ -1,4 +1,4 @@
-"""Rows hold the tokens, places and predicting states that a pair written out by hand has."""
+"""Token ids, position ids and predicting states of rows, against rows built token by token."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +31,7 @@ class Naive:
     rejected: list[tuple[int, int]] = field(default_factory=list)
 
     def write(self, tokens: Sequence[int], first_position: int) -> list[int]:
-        """Where they stand."""
+        """Their indices in the row."""
         places = list(range(len(self.ids), len(self.ids) + len(tokens)))
         self.ids += tokens
         self.positions += range(first_position, first_position + len(tokens))

@@ -1,4 +1,4 @@
-"""The fastest way of scoring is taken where it gives the plain values; where it does not, the next one, and it is said why."""
+"""The fastest layout with the log-probs of the padded one is chosen; if it is not the first candidate, the reasons are logged."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,12 @@ from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.errors import NumericsError, ResourceError, UsageError
 from dpocli.scoring import attention
-from dpocli.scoring.layout_check import NUM_DRAWN, TOKENS_ENOUGH, PairsInMemory, choose_layout, sample, window_of
+from dpocli.scoring.layout_check import MAX_TOKENS, NUM_DRAWN, PairsInMemory, choose_layout, sample, window_of
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy
 from tests.pairs import random_pairs
 from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, WINDOW, build
+from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, WINDOW, build, families
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 LONG = ((20, 30, 25), (3, 4, 5), (1, 1, 1), (28, 2, 17))
@@ -35,7 +35,7 @@ Attention = Callable[..., Output]
 
 @dataclass
 class Settled:
-    """What came of it, and what was said."""
+    """The scorer after `choose_layout`, and the logged lines."""
 
     scorer: PairScorer
     said: list[str] = field(default_factory=list)
@@ -116,13 +116,13 @@ class NoBackward(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["scoring", "training"])
-@pytest.mark.parametrize("family", [family for family in (*FAMILIES, *TRAPS) if family != "gptj-biased"])
+@pytest.mark.parametrize("family", families(family for family in (*FAMILIES, *TRAPS) if family != "gptj-biased"))
 def test_the_prompt_is_shared_where_that_is_exact_and_nothing_is_said(family: str, training: bool) -> None:
     model = build(family)
     outcome = settled(model, training=training)
     assert outcome.layout is Layout.SHARED
     assert outcome.said == []
-    assert outcome.scorer.way == {"scoring": "shared", "attention": "segments"}
+    assert outcome.scorer.layout_info == {"scoring": "shared", "attention": "segments"}
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -199,7 +199,7 @@ def test_models_with_a_memory_keep_a_row_for_each_side(
     assert outcome.layout is Layout.PADDED
     assert model.config._attn_implementation == own
     (said,) = outcome.said
-    assert ("layers with a memory" in said) is declared
+    assert ("recurrent layers" in said) is declared
     assert ("log-probs differ" in said) is not declared
 
 
@@ -234,7 +234,7 @@ def test_rows_in_which_pairs_notice_each_other_are_noticed(monkeypatch: pytest.M
     scorer.compute_dtype = torch.bfloat16
     outcome = settled(scorer)
     assert outcome.layout is Layout.PADDED
-    assert "shared: log-probs depend on what else stands in the row" in outcome.said[0]
+    assert "shared: log-probs depend on other pairs in the row" in outcome.said[0]
 
 
 def test_gradients_that_differ_are_noticed_in_training_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +255,7 @@ def test_an_error_in_the_fast_way_leads_to_the_next_one(monkeypatch: pytest.Monk
         settled(build("llama-tied"), asked="shared")
 
 
-def test_an_error_without_words_is_told_by_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_without_a_message_is_named_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     altered(monkeypatch, raising(NotImplementedError()))
     assert "shared: NotImplementedError: ; packed: NotImplementedError: " in settled(build("llama-tied")).said[0]
 
@@ -503,7 +503,7 @@ def test_a_refused_way_leaves_no_trace_in_the_first_step(
 
 
 def test_a_backward_pass_that_fails_ends_the_run(group: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sharded module would leave gradients out for the rest of the run, without a word."""
+    """The sharded module would silently leave out gradients for the rest of the run."""
     altered(monkeypatch, failing_backward)
     policy = policy_of("llama-tied", group)
     with pytest.raises(
@@ -537,7 +537,7 @@ def test_a_single_pair_is_enough() -> None:
 
 @pytest.mark.parametrize("family", ["llama-tied", "mistral-window"])
 def test_long_pairs_are_cut_unless_a_window_ends_before_they_do(family: str) -> None:
-    half = TOKENS_ENOUGH // 2
+    half = MAX_TOKENS // 2
     sizes = [(half + 40, half + 3, 7), (5, 600, half)]
     found = drawn(family, sizes)
     whole = pairs_of(*sizes)
@@ -555,10 +555,10 @@ def test_a_window_that_no_pair_leaves_is_no_reason_to_try_long_ones() -> None:
     model.config.sliding_window = 5000
     pairs = pairs_of((600, 600, 3))
     (pair,) = sample(PairScorer(model), [PairsInMemory(pairs)], 0)
-    assert len(pair.prompt_ids) + len(pair.chosen_ids) == TOKENS_ENOUGH
+    assert len(pair.prompt_ids) + len(pair.chosen_ids) == MAX_TOKENS
 
 
-def test_a_cut_pair_scores_with_masks_and_reference_gone() -> None:
+def test_a_cut_pair_has_no_masks_and_no_reference() -> None:
     pairs = random_pairs(4, longest=10, masked=True, reference=True)
     scorer = PairScorer(build("llama-tied"))
     tried = sample(scorer, [PairsInMemory(pairs)], 0)

@@ -19,7 +19,7 @@ from dpocli.scoring.head_probe import HeadKind
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.token_logps import pair_logps
 from tests.pairs import random_pairs
-from tests.tiny_models import FAMILIES, build, length_dependent
+from tests.tiny_models import FAMILIES, build, families, length_dependent
 
 BATCHING_TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 """Nats per token in float32: what another batch shape may change."""
@@ -40,7 +40,7 @@ def plain_batch(model: PreTrainedModel, pairs: Sequence[EncodedPair]) -> tuple[T
     return torch.cat(chosen), torch.cat(rejected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", families(FAMILIES))
 def test_every_architecture_agrees_with_the_plain_model_in_float64(family: str) -> None:
     model = build(family)
     pairs = random_pairs(5, longest=20)
@@ -180,7 +180,7 @@ def test_the_routers_loss_is_the_models_own() -> None:
 
 
 def test_frequencies_that_depend_on_the_length_do_not_leak_to_other_rows() -> None:
-    """A long row changes them for its whole batch; each row must be scored with those of its own length."""
+    """A long row changes them for its whole batch; each row must be scored with the frequencies of its own length."""
     model = length_dependent("longrope")
     pairs = random_pairs(12, longest=14)
     assert {pair.num_tokens_longer > 16 for pair in pairs} == {True, False}
@@ -224,7 +224,7 @@ def test_a_frozen_head_gives_the_values_and_gradients_of_a_trained_one(
 @pytest.mark.parametrize("bytes_kept", [0, 10**9])
 def test_logits_that_are_kept_change_nothing(bytes_kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_module, "CPU_TILE", (7, 13))
-    monkeypatch.setattr(head_module, "CPU_KEPT_BYTES", bytes_kept)
+    monkeypatch.setattr(head_module, "CPU_CACHED_BYTES", bytes_kept)
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
     targets = torch.randint(61, (20,))
@@ -236,3 +236,22 @@ def test_logits_that_are_kept_change_nothing(bytes_kept: int, monkeypatch: pytes
     for expected, *gradients in zip(torch.autograd.grad(plain, (hidden, weight)), found, again, strict=True):
         for gradient in gradients:
             torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["known", "own"])
+@pytest.mark.parametrize("layout", [Layout.SHARED, Layout.PACKED])
+def test_nothing_is_read_back_from_the_device(layout: Layout, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, whose tensors have no values: what would wait for a device to give one raises.
+
+    In the padded layout transformers itself looks for packed sequences.
+    """
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs an accelerator
+    scorer = PairScorer(build("llama-untied").to("meta"), collision=True)
+    scorer.head_kind = HeadKind.OWN if head == "own" else LogitMap()
+    scorer.lay_out(layout)
+    pairs = random_pairs(4, masked=True, reference=True)
+    batch = PairBatch.of(pairs)
+    logps = pair_logps(scorer(batch), batch, pairs, LogpColumns(reference=True, collision=True, tails=True))
+    assert {column.device.type for column in logps.columns().values()} == {"meta"}
+    (logps.policy_chosen.sum() - logps.policy_rejected.sum()).backward()
+    assert all(parameter.grad is not None for parameter in scorer.parameters())

@@ -1,4 +1,4 @@
-"""Tokens, seconds and the FLOP floor of scoring, against figures worked out by hand."""
+"""Tokens, seconds and model FLOPs of scoring, against figures worked out by hand."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from dpocli.scoring import throughput
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.throughput import Throughput
 from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, build
+from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, build, families
 
 BATCH = PairBatch.of(pairs_of((3, 2, 4), (1, 1, 1)))
 UNIQUE, SCORED = 12, 8
@@ -35,8 +35,8 @@ def _short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("family", ["llama-untied", "llama-tied"])
-def test_the_floor_of_a_llama_is_what_one_works_out_by_hand(family: str, layout: Layout) -> None:
-    """Whatever the layout computes on top, and whoever owns the head's weight."""
+def test_the_flops_of_a_llama_are_those_worked_out_by_hand(family: str, layout: Layout) -> None:
+    """In every layout, with tied and untied heads."""
     scorer = PairScorer(build(family))
     scorer.lay_out(layout)
     forward = 2 * 2 * LLAMA_LAYER * UNIQUE + ATTENTION_FLOPS + HEAD_FLOPS
@@ -115,22 +115,22 @@ def test_the_summary_tells_the_way_and_what_it_costs(layout: Layout, computed: i
     assert facts["tokens_computed"] == computed
     assert facts["tokens_unique"] == UNIQUE
     assert facts["padding_share"] == pytest.approx(padding / computed, abs=1e-4)
-    assert facts["fraction_of_flop_floor"] >= 0
 
 
-def test_the_fraction_is_the_floors_time_of_the_time_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flop_utilization_is_the_flops_per_second_of_the_measured_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = PairScorer(build("llama-tied"))
+    assert Throughput(scorer).share_of_the_rate(4.0) is None
     found = measured(scorer)
-    found._seconds = 4.0
     monkeypatch.setattr(throughput, "matmul_rate", lambda _: found.flops())
-    assert found.summary()["fraction_of_flop_floor"] == 0.25
+    assert found.share_of_the_rate(4.0) == 0.25
+    assert found.share_of_the_rate(0.0) is None
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *TRAPS, *RECURRENT])
-def test_every_architecture_has_a_summary(family: str) -> None:
-    scorer = PairScorer(build(family))
-    facts = measured(scorer).summary()
-    assert facts["fraction_of_flop_floor"] >= 0
+@pytest.mark.parametrize("family", families([*FAMILIES, *TRAPS, *RECURRENT]))
+def test_every_architecture_has_a_summary_and_a_utilization(family: str) -> None:
+    found = measured(PairScorer(build(family)))
+    assert found.summary()["tokens_unique"] == UNIQUE
+    assert (found.share_of_the_rate(1.0) or 0.0) > 0
 
 
 def test_the_rate_is_that_of_a_large_product_in_the_forward_passs_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
