@@ -26,7 +26,7 @@ from dpocli.config.commands import PrecomputeOptions, TrainOptions
 from dpocli.config.flags import COMMANDS, build_options, options_of
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import LossOptions
-from dpocli.config.other_tools import FOREIGN_OPTIONS
+from dpocli.config.other_tools import answers
 from dpocli.config.parsing import load_options
 from dpocli.data.formats import to_preference
 from dpocli.data.row_file import RawRow
@@ -184,7 +184,7 @@ def test_every_name_that_gates_know_is_listed():
 def test_names_from_trl_are_recognised():
     for theirs, _ in table("Coming from TRL"):
         for name in re.findall(r"`([a-z]\w+)", theirs):
-            assert name in FOREIGN_OPTIONS or name in OPTIONS, name
+            assert name in answers("options") or name in OPTIONS, name
 
 
 def test_the_file_tree_is_the_package():

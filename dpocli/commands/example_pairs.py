@@ -1,6 +1,5 @@
 """The worst and the best pairs of an evaluation, scored again to get the value of every token."""
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from dpocli.cache.view import PairView
 from dpocli.config.commands import EvaluateOptions
 from dpocli.config.flags import given_keys, values_of
 from dpocli.console.console import Console
-from dpocli.console.progress import Nothing, Progress
+from dpocli.console.progress import Progress
 from dpocli.data.detokenize import decoded, token_texts
 from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 from dpocli.distributed.processes import Processes
@@ -54,8 +53,7 @@ def score_examples(
     worst, best = ends(table.column("margins"), count)
     positions = np.concatenate([worst, best])
     pairs = view.load(positions)
-    silent = Progress(Nothing(), None, "pairs", 0, time.monotonic)  # a few pairs take no time worth a bar
-    scored = reference_logps(scorer, pairs, silent, lambda: None, team) if pairs else []
+    scored = reference_logps(scorer, pairs, Progress(), lambda: None, team) if pairs else []
     examples = tuple(
         _example(pair, policy, tokenizer, table, position, against_reference=against_reference)
         for pair, policy, position in zip(pairs, scored, positions.tolist(), strict=True)
