@@ -131,6 +131,8 @@ def _fill(job: PrecomputeJob) -> None:
             f"{job.rows.num_rows:,} rows; reference {options.model.name} in {dtype_name(job.dtype)} on {job.device}"
         )
         writer = job.writer()  # hashes the model; until here there is nothing to save, and a signal ends it at once
+        if out.is_accepted:
+            job.hash_memory.save()
         writer.check()
         reference = job.reference(writer)
         stop = stack.enter_context(StopFlag())
