@@ -38,11 +38,11 @@ def probe_head(model: PreTrainedModel) -> LogitMap | HeadKind:
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     """The model without its head. Some architectures return themselves as their decoder."""
+    head = model.get_output_embeddings()
     decoder: nn.Module = model.get_decoder()
     if decoder is not model:
         return decoder
-    head = model.get_output_embeddings()
-    parts = [part for part in model.children() if part is not head]
+    parts: list[nn.Module] = [part for part in model.children() if part is not head]
     return max(parts, key=lambda part: sum(parameter.numel() for parameter in part.parameters()), default=model)
 
 

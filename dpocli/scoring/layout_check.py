@@ -25,6 +25,7 @@ from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes
 from dpocli.errors import NumericsError, ResourceError
 from dpocli.scoring.layout_trial import OUT_OF_MEMORY, Candidate, Gradient, LayoutTrial
+from dpocli.scoring.oracle import EDGE
 from dpocli.scoring.scorer import PairScorer
 
 MAX_TOKENS = 512
@@ -93,6 +94,8 @@ def choose_layout(
                 f"in the {found}; with padding, in the {padded}. It cannot be used: try another --dtype, or report this."
             )
         rejected.append(f"padded: log-probs differ in the {padded}")
+    if asked == Layout.PADDED:
+        candidates = []
     for candidate in candidates:
         mismatch = trial.mismatch(candidate)
         if mismatch is None:
@@ -100,12 +103,13 @@ def choose_layout(
         rejected.append(f"{candidate}: {mismatch}")
         scorer.lay_out(Layout.PADDED)
     else:
-        if asked != "auto" and any(reason.endswith(OUT_OF_MEMORY) for reason in rejected):
+        forced = asked not in ("auto", Layout.PADDED)
+        if forced and any(reason.endswith(OUT_OF_MEMORY) for reason in rejected):
             raise ResourceError(
                 f"--scoring {asked} cannot be tried on this model: out of memory. Use --scoring auto, which takes a layout "
                 "that fits, or a smaller --token-budget."
             )
-        if asked != "auto":
+        if forced:
             raise NumericsError(
                 f"--scoring {asked} is wrong for this model ({'; '.join(rejected)}). Use --scoring auto."
             )
@@ -127,6 +131,19 @@ def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[Encode
     drawn = np.random.default_rng([seed, 0xE4AC7]).integers(len(by_length))
     pairs = views[0].load(np.unique([longest[0], by_length[0], by_length[len(by_length) // 2], drawn]))
     pairs += [pair for view, position in zip(views[1:], longest[1:], strict=True) for pair in view.load([position])]
+    shortest = pairs[0]
+    pairs.append(
+        # Short-range mixers (convolutions, token shift) reach over a prompt of one token into the pair before.
+        replace(
+            shortest,
+            prompt_ids=shortest.prompt_ids[-1:],
+            chosen_ids=shortest.chosen_ids[: 2 * EDGE],
+            rejected_ids=shortest.rejected_ids[: 2 * EDGE],
+            chosen_mask=None,
+            rejected_mask=None,
+            reference=None,
+        )
+    )
     window = window_of(scorer)
     exceeds_window = window and any(pair.num_tokens_longer > window for pair in pairs)
     return pairs if exceeds_window else [_cut(pair) for pair in pairs]

@@ -62,7 +62,8 @@ def _side(scorer: PairScorer, prompt: TokenIds, side: TokenIds, limit: int) -> T
             f"{scorer.device.type} ({brief_message(error)}). Try another --dtype or another version of transformers."
         ) from error
     scored = logits[start - 1 : len(ids) - 1].float().log_softmax(dim=-1)
-    return scored.gather(1, ids[start:, None].to(scored.device))[:, 0].cpu()
+    found: Tensor = scored.gather(1, ids[start:, None].to(scored.device))[:, 0].cpu()
+    return found
 
 
 def regions(sides: Sequence[SideLogps], is_first_in_row: Sequence[bool]) -> Mapping[str, Tensor]:

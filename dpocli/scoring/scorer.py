@@ -145,7 +145,10 @@ class PairScorer(nn.Module):
         self._current_row.set(rows, flex=self.uses_flex and bool(rows.segments))
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)
-            logps, collisions = token_logps(hidden, self._head(self.head_kind), rows.targets, collision=self.collision)
+            head = self._head(self.head_kind)
+            # Mamba keeps its residual stream in float32, and casts before its head.
+            hidden = hidden.to(head.weight.dtype)
+            logps, collisions = token_logps(hidden, head, rows.targets, collision=self.collision)
         else:
             logps, collisions, router_loss = self._through_own_head(rows, rows_on_cpu.scored_columns())
         self.tally.add(batch, rows)
