@@ -111,6 +111,10 @@ def compute_exactly(model: PreTrainedModel, device: torch.device) -> None:
         keep_freed_memory()
 
 
+def _stay_in_evaluation(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
+
+
 def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:
     """Set every dropout and drop path of the model to 0, and keep modules with router jitter in evaluation mode.
 
@@ -129,8 +133,8 @@ def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[],
     for path, module in model.named_modules():
         if but and but in path.split("."):
             continue
-        if any("jitter" in name for name in vars(module)):
-            module.train = partial(nn.Module.train, module, False)
+        if any("jitter" in name for name in vars(module)) and "train" not in vars(module):
+            module.train = partial(_stay_in_evaluation, module)
             module.eval()
             fixed.append(module)
         for holder in (module, getattr(module, "config", None)):

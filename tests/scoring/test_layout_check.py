@@ -528,14 +528,15 @@ def test_the_longest_pair_is_always_tried_and_the_seed_draws_the_others() -> Non
     for seed in range(5):
         rows = [pair.row for pair in drawn("llama-tied", sizes, seed)]
         assert 50 in rows
-        assert 1 <= len(rows) <= 4
+        assert 3 <= len(rows) <= 5
         assert rows == [pair.row for pair in drawn("llama-tied", sizes, seed)]
     assert len({tuple(pair.row for pair in drawn("llama-tied", sizes, seed)) for seed in range(5)}) == 5
 
 
 def test_a_single_pair_is_enough() -> None:
-    (pair,) = drawn("llama-tied", [(3, 4, 5)])
+    pair, with_a_short_prompt = drawn("llama-tied", [(3, 4, 5)])
     assert [len(ids) for ids in pair.all_ids] == [3, 4, 5]
+    assert [len(ids) for ids in with_a_short_prompt.all_ids] == [1, 4, 5]
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "mistral-window"])
@@ -546,9 +547,9 @@ def test_long_pairs_are_cut_unless_a_window_ends_before_they_do(family: str) -> 
     whole = pairs_of(*sizes)
     assert window_of(PairScorer(build(family))) == (WINDOW if "window" in family else None)
     if "window" in family:
-        assert [[len(ids) for ids in pair.all_ids] for pair in found] == [list(size) for size in sizes]
+        assert [[len(ids) for ids in pair.all_ids] for pair in found[:-1]] == [list(size) for size in sizes]
         return
-    assert [[len(ids) for ids in pair.all_ids] for pair in found] == [[half, half, 7], [5, half, half]]
+    assert [[len(ids) for ids in pair.all_ids] for pair in found[:-1]] == [[half, half, 7], [5, half, half]]
     assert found[0].prompt_ids.tolist() == whole[0].prompt_ids.tolist()[-half:]
     assert found[0].chosen_ids.tolist() == whole[0].chosen_ids.tolist()[:half]
 
@@ -557,7 +558,7 @@ def test_a_window_that_no_pair_leaves_is_no_reason_to_try_long_ones() -> None:
     model = build("mistral-window")
     model.config.sliding_window = 5000
     pairs = pairs_of((600, 600, 3))
-    (pair,) = sample(PairScorer(model), [PairsInMemory(pairs)], 0)
+    pair, _ = sample(PairScorer(model), [PairsInMemory(pairs)], 0)
     assert len(pair.prompt_ids) + len(pair.chosen_ids) == MAX_TOKENS
 
 
@@ -572,4 +573,4 @@ def test_a_cut_pair_has_no_masks_and_no_reference() -> None:
 def test_the_longest_held_out_pair_is_tried_too() -> None:
     training, held_out = pairs_of((3, 4, 5), (4, 4, 4)), pairs_of((2, 2, 2), (40, 5, 5))
     tried = sample(PairScorer(build("mistral-window")), [PairsInMemory(training), PairsInMemory(held_out)], 0)
-    assert [len(pair.prompt_ids) for pair in tried] == [3, 4, 40]
+    assert [len(pair.prompt_ids) for pair in tried] == [3, 4, 40, 1]
