@@ -4,6 +4,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,10 +111,15 @@ def compute_exactly(model: PreTrainedModel, device: torch.device) -> None:
         keep_freed_memory()
 
 
-def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:
-    """Set every dropout, drop path and router jitter of the model to 0, in its modules and in its configuration.
+def _stay_in_evaluation(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
 
-    Some modules read the configuration at every call, so a saved model needs the configuration from before.
+
+def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:
+    """Set every dropout and drop path of the model to 0, and keep modules with router jitter in evaluation mode.
+
+    Some modules read the configuration at every call, so a saved model needs the configuration from before. Router jitter
+    is no rate: PhiMoE also uses it as a threshold in evaluation.
 
     Args:
         model: to be changed.
@@ -123,14 +129,17 @@ def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[],
         A function that restores them.
     """
     before: list[tuple[Any, str, float]] = []
+    fixed: list[nn.Module] = []
     for path, module in model.named_modules():
         if but and but in path.split("."):
             continue
+        if any("jitter" in name for name in vars(module)) and "train" not in vars(module):
+            module.train = partial(_stay_in_evaluation, module)
+            module.eval()
+            fixed.append(module)
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else []:
-                is_rate = any(word in name for word in ("drop", "jitter")) or (
-                    name == "p" and isinstance(holder, nn.Dropout)
-                )
+                is_rate = "drop" in name or (name == "p" and isinstance(holder, nn.Dropout))
                 if isinstance(value, float) and is_rate:
                     before.append((holder, name, value))
                     setattr(holder, name, 0.0)
@@ -138,6 +147,8 @@ def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[],
     def put_back() -> None:
         for holder, name, value in reversed(before):
             setattr(holder, name, value)
+        for module in fixed:
+            del module.__dict__["train"]
 
     return put_back
 
