@@ -2,13 +2,15 @@
 
 import ctypes
 import logging
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -16,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from dpocli.config.options import ModelOptions
 from dpocli.errors import UsageError, brief_message, is_out_of_memory
 from dpocli.model import lora
+from dpocli.model.hashing import weights_files
 from dpocli.model.identity import ModelFiles
 from dpocli.model.quantization import quantization_config, without_inference_kernels
 
@@ -153,11 +156,27 @@ def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[],
     return put_back
 
 
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
 def source_dtype(files: ModelFiles, options: ModelOptions) -> torch.dtype:
     """The dtype in which the model was saved."""
     config = AutoConfig.from_pretrained(files.directory, trust_remote_code=options.trust_remote_code)
     dtype = config.get_text_config().dtype or config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else _most_common_dtype(files)
+
+
+def _most_common_dtype(files: ModelFiles) -> torch.dtype:
+    """The floating dtype of most weights, for configurations that name none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in weights_files(files.directory):
+        with safe_open(files.directory / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(key)
+                dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
+                if dtype is not None:
+                    sizes[dtype] += math.prod(tensor.get_shape())
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
