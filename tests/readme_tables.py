@@ -3,47 +3,15 @@
 `python -m tests.readme_tables` writes them.
 """
 
-import inspect
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from dpocli.config.hyperparameters import MODIFIERS, Hyperparameter, Need, Value
 from dpocli.config.losses import CATALOGUE, LossSpec, losses_using
-from dpocli.objective.losses import LOSSES
+from tests.loss_docs import LossDoc
 
 README = Path(__file__).parent.parent / "README.md"
 MODIFIER_NAMES = [parameter.name for parameter in MODIFIERS]
-
-SECTIONS = ("Args", "Returns", "Other implementations", "References")
-
-
-@dataclass(frozen=True)
-class LossDoc:
-    """The parts of a loss's docstring."""
-
-    summary: str
-    formula: str
-    use: str
-    """When to use it; completes "Use it"."""
-    notes: str
-    sections: dict[str, str]
-
-    @classmethod
-    def of(cls, name: str) -> "LossDoc":
-        text = inspect.getdoc(LOSSES[name]) or ""
-        body, *rest = re.split(rf"\n\n({'|'.join(SECTIONS)}):\n", text)
-        sections = {title: inspect.cleandoc(content) for title, content in zip(rest[::2], rest[1::2], strict=True)}
-        summary, formula, *paragraphs = body.split("\n\n")
-        (use,) = (" ".join(text.split()) for text in paragraphs if text.startswith("Use it "))
-        notes = "\n\n".join(text for text in paragraphs if not text.startswith("Use it "))
-        formula = re.sub(r"\s+", " ", formula).strip()
-        return cls(summary, formula, use.removeprefix("Use it ").rstrip("."), notes, sections)
-
-    def section(self, title: str) -> str:
-        """The text of a section in one line, without its last period."""
-        return " ".join(self.sections.get(title, "").split()).rstrip(".")
 
 
 def losses() -> Iterator[str]:
@@ -56,7 +24,7 @@ def losses() -> Iterator[str]:
         own = ", ".join(f"{_flag(parameter)} {_shown(parameter.default)}" for parameter in spec.hyperparameters)
         yield (
             f"| `{spec.name}` | `{_cell(doc.formula)}` | {beta} | {own} | {_needs(spec)} | {spec.reward} | "
-            f"{_cell(doc.use)}; {_cell(doc.section('References'))} |"
+            f"{_cell(doc.when)}; {_cell(doc.paper)} |"
         )
 
 
@@ -75,8 +43,8 @@ def disagreements() -> Iterator[str]:
     yield "| loss | other implementations |"
     yield "|---|---|"
     for name in CATALOGUE:
-        if elsewhere := LossDoc.of(name).section("Other implementations"):
-            yield f"| `{name}` | {_cell(elsewhere)} |"
+        if disagreement := LossDoc.of(name).disagreement:
+            yield f"| `{name}` | {_cell(disagreement)} |"
 
 
 def _needs(spec: LossSpec) -> str:
