@@ -24,7 +24,6 @@ from dpocli.cache.schema import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
 from dpocli.config.commands import PrecomputeOptions, TrainOptions
 from dpocli.config.flags import COMMANDS, build_options, options_of
-from dpocli.config.gates import ALIASES
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import LossOptions
 from dpocli.config.other_tools import answers
@@ -32,6 +31,7 @@ from dpocli.config.parsing import load_options
 from dpocli.data.formats import to_preference
 from dpocli.data.row_file import RawRow
 from dpocli.errors import ExitCode
+from dpocli.evaluation.figures import DIFFERENCES, FIGURES
 from tests.readme_tables import with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +176,9 @@ def test_the_table_of_exit_codes_is_the_enumeration():
 
 
 def test_every_name_that_gates_know_is_listed():
-    assert {*ALIASES} <= {*re.findall(r"`(\w+)`", README.partition("\n#### Gates\n")[2].partition("\n## ")[0])}
+    assert {figure.name for figure in (*FIGURES, *DIFFERENCES)} <= {
+        *re.findall(r"`(\w+)`", README.partition("\n#### Gates\n")[2].partition("\n## ")[0])
+    }
 
 
 def test_names_from_trl_are_recognised():

@@ -68,7 +68,8 @@ class RunDirectory:
         self._file = StatusFile(path, shard)
         self._status = new_status(command)
         self._before = self._file.read()
-        self._is_accepted = not holds_result(path, shard)
+        self.is_accepted = not holds_result(path, shard)
+        """Whether this start may write: no finished result is here, or `write_config` was called."""
         if rank == 0:
             with suppress(OSError):  # here, since another rank may fail before this one enters
                 self._failure_path.unlink(missing_ok=True)
@@ -100,7 +101,7 @@ class RunDirectory:
         self._ended.set()
         self._heart.join()
         self._status = replace(self._status, **asdict(self._with_failure_of_others(outcome)))
-        self._is_accepted |= outcome.state == "preempted"  # a stopped start is resumed, a refused one is not
+        self.is_accepted |= outcome.state == "preempted"  # a stopped start is resumed, a refused one is not
         try:
             self._write_status()
         except (OSError, DpoError):
@@ -128,8 +129,8 @@ class RunDirectory:
 
     def write_config(self, options: Options) -> None:
         """Accept the start: from now on it may change an earlier result. Write `config.yaml`, which --config takes."""
+        self.is_accepted = True
         if self._is_writer:
-            self._is_accepted = True
             self._write_status()
             if not self.is_companion:
                 write_atomically(self._config_path, dump_yaml(options, self._status.command))
@@ -145,20 +146,20 @@ class RunDirectory:
             self._lock = self._file.lock_path.open("a")
         try:
             self._refuse_second_writer(self._lock)
-            self._is_accepted = not holds_result(self.path, self._shard)
+            self.is_accepted = not holds_result(self.path, self._shard)
         except BaseException as error:
             self._lock.close()
             if not (self._companions and isinstance(error, UsageError)):
                 raise
             self._lock = None
-            self.is_companion = self._is_accepted = True
+            self.is_companion = self.is_accepted = True
             self._file = StatusFile(self.path, self._shard, writer_suffix(self._status))
 
     def _begin(self) -> None:
         self._write_status()
         if self._companions and not self.is_companion:
             self._remove_dead_companions()
-        if self._is_accepted:
+        if self.is_accepted:
             self._stop_after = self._file.path.stat().st_mtime  # in the clock of the file system, as that of `OUT/stop`
 
     def _refuse_second_writer(self, lock: TextIO) -> None:
@@ -208,7 +209,7 @@ class RunDirectory:
     def _leave_failure(self, outcome: Outcome) -> None:
         """Record a failure on another rank than 0: in the status where rank 0 has ended well, else for it to find."""
         status = self._file.read()
-        was_refused = not self._is_accepted and status == self._before
+        was_refused = not self.is_accepted and status == self._before
         if outcome.state != "failed" or was_refused:
             return
         with suppress(OSError, DpoError):
@@ -225,7 +226,7 @@ class RunDirectory:
         return outcome
 
     def _write_status(self) -> None:
-        if self._is_accepted:
+        if self.is_accepted:
             self._file.write(replace(self._status, heartbeat=time.time()))
 
     def _beat(self) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dpocli.commands import example_pairs
 from dpocli.report.html import write_html_report
 from dpocli.report.training_curves import draw_curves
 from dpocli.training import monitor
+from tests.commands.shortcuts import shortcuts, shortened
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "sample_data"
@@ -35,23 +37,20 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True, scope="session")
-def _no_pictures() -> Iterator[None]:
-    """Drawing the curves takes as long as all the rest of a short run, and so do the plots of a report."""
-    monitor.draw_curves = lambda *_: None
-    example_pairs.write_html_report = lambda *_: None
-    yield
-    monitor.draw_curves = draw_curves
-    example_pairs.write_html_report = write_html_report
+@pytest.fixture(autouse=True, scope="package")
+def _shortcuts() -> Iterator[None]:
+    with shortcuts():
+        yield
 
 
 @contextmanager
 def pictures() -> Iterator[None]:
     """They are drawn here all the same."""
-    without = monitor.draw_curves, example_pairs.write_html_report
-    monitor.draw_curves, example_pairs.write_html_report = draw_curves, write_html_report
-    yield
-    monitor.draw_curves, example_pairs.write_html_report = without
+    with (
+        mock.patch.object(monitor, "draw_curves", draw_curves),
+        mock.patch.object(example_pairs, "write_html_report", write_html_report),
+    ):
+        yield
 
 
 @dataclass
@@ -73,9 +72,9 @@ Run = Callable[..., Result]
 def dpocli(capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line in this process: `dpocli("train", "--out", path, …)`."""
 
-    def run(*arguments: object) -> Result:
+    def run(*arguments: object, shorten: bool = True) -> Result:
         capfd.readouterr()
-        code = run_command_line([str(argument) for argument in arguments])
+        code = run_command_line(shortened(arguments) if shorten else [str(argument) for argument in arguments])
         out, err = capfd.readouterr()
         return Result(code, out, err)
 
@@ -84,7 +83,7 @@ def dpocli(capfd: pytest.CaptureFixture[str]) -> Run:
 
 def quiet(*arguments: object) -> None:
     """The same for session fixtures, which have no capture of their own."""
-    assert run_command_line([str(argument) for argument in arguments]) == 0
+    assert run_command_line(shortened(arguments)) == 0
 
 
 def start(*arguments: object, launcher: tuple[str, ...] = (), **environment: str) -> "subprocess.Popen[str]":
@@ -98,14 +97,6 @@ def start(*arguments: object, launcher: tuple[str, ...] = (), **environment: str
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         cwd=ROOT,
     )
-
-
-def start_held(method: str, number: int, *arguments: object) -> "subprocess.Popen[str]":
-    """The same, standing still before it calls a method ("module:Class.method") for the `number`th time."""
-    process = start(method, number, *arguments, launcher=("tests.commands.held",))
-    assert process.stdout
-    assert process.stdout.readline() == "held\n", process.communicate()[1]
-    return process
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import torch
 
 from dpocli.cli import run_command_line
 from dpocli.distributed.signals import EarlyStop
+from tests.commands.shortcuts import shortened
 
 _FORKED = multiprocessing.get_context("forkserver")
 _FORKED.set_forkserver_preload(["tests.commands.warmed_up"])
@@ -51,7 +52,7 @@ def ended(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         logs = [Path(directory) / str(rank) for rank in range(count)]
-        words = [str(word) for word in line]
+        words = shortened(line)
         processes = [
             _FORKED.Process(
                 target=_work,

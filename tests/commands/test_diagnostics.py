@@ -12,6 +12,7 @@ from dpocli.config.commands import TrainOptions
 from dpocli.run.directory import RunDirectory
 from dpocli.training import monitor
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, pictures
+from tests.commands.shortcuts import STEP0_PAIRS
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "6", "--save-every", "2")
 STILL = ("--learning-rate", "1e-12", "--batch-size", 2, "--max-steps", 24, "--save-every", 6)
@@ -51,7 +52,7 @@ def test_the_summary_has_what_a_report_needs(
     assert result.json == summary
     assert (summary["steps"], summary["model_step"], summary["stopped_early"], summary["best"]) == (7, 7, False, None)
     assert (summary["starts"], summary["warnings"], summary["truncated_share"]) == (2, [], 0.0)
-    assert summary["step0"]["num_pairs"] >= 32  # measured at the first start, told by the second
+    assert summary["step0"]["num_pairs"] >= STEP0_PAIRS  # measured at the first start, told by the second
     assert summary["pairs_processed"] == 56
     assert {"torch", "transformers", "python", "device", "processes", "hosts", "cpus"} <= set(summary["environment"])
     assert {"learning_rate": 5e-4, "batch_size": 8, "dtype": "float32", "beta": 0.1}.items() <= summary[

@@ -5,9 +5,8 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,10 @@ from safetensors.numpy import load_file
 
 from dpocli.run.directory import RunDirectory
 from dpocli.run.metrics_log import MetricsLog
-from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet, start, start_held, tensors_of
+from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet, tensors_of
 from tests.commands.warm_workers import TokenCounter, Worker
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "12", "--save-every", "3")
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "what the test waits for did not happen"
-        time.sleep(0.01)
 
 
 def steps_done(out: Path) -> int:
@@ -39,9 +30,8 @@ def steps_done(out: Path) -> int:
 def test_precompute_killed_in_the_middle_writes_the_same_cache(tmp_path: Path, dpocli: Run) -> None:
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 96, "--rows-per-part", 8, "--token-budget", 400)
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
-    process = start_held("dpocli.cache.writer:CacheWriter.write", 4, *line, "--out", killed)
-    process.kill()
-    process.communicate()
+    worker = Worker.start_held("dpocli.cache.writer:CacheWriter.write", 4, (*line, "--out", killed), tmp_path / "log")
+    assert worker.end(signal.SIGKILL) == -signal.SIGKILL
     there = {path.name: path.stat().st_mtime_ns for path in killed.glob("rows-*")}
     assert len(there) == 3
     for out in (killed, undisturbed):
@@ -75,9 +65,9 @@ def test_train_killed_in_the_middle_ends_with_the_same_bits(
 ) -> None:
     """Before the first checkpoint, and between two."""
     line, killed = train_line, tmp_path / "killed"
-    process = start_held("dpocli.run.metrics_log:MetricsLog.append", after + 1, *line, "--out", killed)
-    process.kill()
-    process.communicate()
+    method = "dpocli.run.metrics_log:MetricsLog.append"
+    worker = Worker.start_held(method, after + 1, (*line, "--out", killed), tmp_path / "log")
+    assert worker.end(signal.SIGKILL) == -signal.SIGKILL
     assert steps_done(killed) == after
     assert json.loads((killed / "status.json").read_text())["state"] == "running"
     result = dpocli(*line, "--out", killed)
@@ -99,19 +89,13 @@ def assert_saved(out: Path) -> None:
 def test_a_second_writer_is_refused_and_sigterm_saves_and_exits_75(cache: Path, tmp_path: Path, dpocli: Run) -> None:
     out = tmp_path / "run"
     line = ("train", "--model", MODEL, "--reference", cache, *SETTINGS, "--max-steps", 100_000, "--out", out)
-    process = start(*line)
-    try:
-        wait_until(lambda: steps_done(out) >= 2, process)
-        result = dpocli(*line)
-        assert result.code == 2
-        assert f"process {process.pid} on " in result.err
-        assert "is writing it" in result.err
-        process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 75, err
+    worker = Worker.start(line, tmp_path / "log")
+    worker.wait_until(lambda: steps_done(out) >= 2)
+    result = dpocli(*line)
+    assert result.code == 2
+    assert f"process {worker.pid} on " in result.err
+    assert "is writing it" in result.err
+    assert worker.end(signal.SIGTERM) == 75, worker.log.read_text()
     assert_saved(out)
 
 

@@ -18,13 +18,12 @@ from dpocli.config.loss_expression import LossChoice
 from dpocli.run.directory import RunDirectory
 from dpocli.scoring import passes
 from dpocli.training.trainer import StepOutcome, Trainer
-from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, moments_of, quiet, start
-from tests.commands.ranks import TORCHRUN
+from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, moments_of, quiet
+from tests.commands.ranks import ended
 
 ALL_OF_THEM = "aot+aot_unpaired+beta_dpo(beta_dpo_alpha=0.1)+2*bco_pair(beta=0.1)+sft"
 MIXTURE = "0.8*dpo+0.2*bco_pair(beta=0.1)+sft"
 REMEMBERING = "beta_dpo(beta=0.2)+bco_pair(beta=0.4)"
-WHOLE_BATCH = ["aot", "beta_dpo", MIXTURE]
 # 40 pairs in batches of 9: the fifth batch holds 4, and the sixth begins a new epoch.
 STEPS = ("--batch-size", 9, "--max-steps", 6, "--learning-rate", "3e-4", "--save-every", 6)
 SIZES = [9, 9, 9, 9, 4, 9]
@@ -108,15 +107,9 @@ def assert_same_run(found: Path, expected: Path) -> None:
         assert states[name] == pytest.approx(state, rel=1e-4, abs=1e-6)
 
 
-def on_two(*arguments: object) -> str:
-    """What two processes say."""
-    process = start(*arguments, launcher=TORCHRUN)
-    _, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return err
-
-
-@pytest.mark.parametrize("loss", WHOLE_BATCH)
+@pytest.mark.parametrize(
+    "loss", [MIXTURE, *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("aot", "beta_dpo"))]
+)
 def test_micro_batches_change_nothing(
     loss: str, far: Path, far_held_out: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +146,8 @@ def test_processes_change_nothing(
     line = line_of(far, far_held_out, *settings)
     one = dpocli(*line, *ONE_PASS, "--out", tmp_path / "one")
     assert one.code == 0, one.err
-    said = on_two(*line, "--out", tmp_path / "two")
+    codes, said = ended(2, *line, "--out", tmp_path / "two")
+    assert codes == [0, 0], said
     assert "no extra cost" in one.err
     assert "each is scored twice a step" in " ".join(said.split())
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -346,7 +340,7 @@ def test_losses_by_rank_refuse_weights(loss: str, weighted: Path, cache: Path, t
         assert not (tmp_path / place / "model").exists()
 
 
-@pytest.mark.parametrize("loss", ["beta_dpo", "bco_pair(beta=0.1)"])
+@pytest.mark.parametrize("loss", [pytest.param("beta_dpo", marks=pytest.mark.slow), "bco_pair(beta=0.1)"])
 def test_the_other_losses_of_a_batch_take_weights(loss: str, weighted: Path, tmp_path: Path, dpocli: Run) -> None:
     line = ("train", "--model", MODEL, "--reference", weighted, "--loss", loss, "--batch-size", 7, "--epochs", 2)
     rate = ("--learning-rate", "1e-3", "--save-every", 6)
@@ -393,7 +387,7 @@ def test_a_sum_says_what_each_term_is(far: Path, far_held_out: Path, tmp_path: P
 
 def test_a_sum_in_yaml_is_the_sum_on_the_line(far: Path, tmp_path: Path, dpocli: Run) -> None:
     by_flag, by_file, again = tmp_path / "flag", tmp_path / "file", tmp_path / "again"
-    line = ("train", "--model", MODEL, "--reference", far, *STEPS, "--loss")
+    line = ("train", "--model", MODEL, "--reference", far, *STEPS, "--max-steps", 3, "--loss")
     first = dpocli(*line, "0.8*dpo(beta=0.3)+0.2*bco_pair(beta=0.05)+sft(reduction=sum)", "--out", by_flag)
     assert first.code == 0, first.err
     config = tmp_path / "run.yaml"
@@ -401,7 +395,7 @@ def test_a_sum_in_yaml_is_the_sum_on_the_line(far: Path, tmp_path: Path, dpocli:
 model: {MODEL}
 reference: {far}
 batch_size: 9
-max_steps: 6
+max_steps: 3
 learning_rate: 3e-4
 loss:
   - {{name: dpo, weight: 0.8, beta: 0.3}}

@@ -1,6 +1,7 @@
 """--keep-best and --early-stopping: what held-out pairs decide, and that a kill at any point decides nothing else."""
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from dpocli.run.metrics_log import MetricsLog
 from dpocli.training.model_selection import BestCheckpoint
 from dpocli.training.trainer import Trainer
 from tests.commands.conftest import MODEL, Run, metrics_of, quiet, start, tensors_of
-from tests.commands.test_kill import steps_done, wait_until
+from tests.commands.test_kill import steps_done
+from tests.commands.warm_workers import Worker
 
 # With so high a rate the held-out loss is at its best after the second step.
 LINE = (
@@ -192,10 +194,9 @@ def test_killed_by_a_signal_it_ends_with_the_same_bits(
     after: int, undisturbed: Path, cache: Path, held_out_cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:
     out = tmp_path / "killed"
-    process = start(*line(cache, held_out_cache, out))
-    wait_until(lambda: steps_done(out) >= after, process)
-    process.kill()
-    process.communicate()
+    worker = Worker.start(line(cache, held_out_cache, out), tmp_path / "log")
+    worker.wait_until(lambda: steps_done(out) >= after)
+    worker.end(signal.SIGKILL)
     result = dpocli(*line(cache, held_out_cache, out))
     assert result.code == 0, result.err
     assert_same_run(out, undisturbed)

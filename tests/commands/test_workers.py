@@ -4,9 +4,8 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from dpocli.commands.reference import Reference
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.run.directory import RunDirectory
 from tests.caches import assert_same_values, content_of, pairs_in, parts_of, tree
-from tests.commands.conftest import MODEL, ROOT, TRAIN, Run, quiet, start_held
+from tests.commands.conftest import MODEL, TRAIN, Run, quiet
 from tests.commands.ranks import on_processes
+from tests.commands.warm_workers import Worker
 
 ROWS, ROWS_PER_PART = 60, 5
 LINE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)
@@ -78,47 +78,19 @@ def companion_status(out: Path, pid: int | None = None, shard: str = "") -> Path
 # in processes of their own
 
 
-AT_ONCE = """
-import os, sys
-from pathlib import Path
-import dpocli.commands.precompute
-from dpocli.cli import run_command_line
-
-logs, *line = sys.argv[1:]
-children = []
-for number in range(3):
-    children.append(os.fork())
-    if not children[-1]:
-        for stream, name in ((1, "out"), (2, "err")):
-            os.dup2(os.open(Path(logs, f"{name}-{number}"), os.O_CREAT | os.O_WRONLY), stream)
-        os._exit(run_command_line(line))
-print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
-"""Three processes that have imported everything, so that they set to work at the same moment."""
-
-
 def test_plain_processes_on_one_directory(many_alone: Path, tmp_path: Path) -> None:
-    out, logs = tmp_path / "ref", tmp_path / "logs"
-    logs.mkdir()
-    line = [str(word) for word in (*MANY, "--out", out, "--json")]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", AT_ONCE, logs, *line],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=one_thread,
-        timeout=600,
-    )
-    errors = [(logs / f"err-{number}").read_text() for number in range(3)]
-    assert done.stdout == "[0, 0, 0]\n", errors
+    """Forked from one that has imported everything, so that they set to work at almost the same moment."""
+    out, logs = tmp_path / "ref", [tmp_path / f"log-{number}" for number in range(3)]
+    workers = [Worker.start((*MANY, "--out", out, "--json"), log) for log in logs]
+    codes, texts = [worker.end() for worker in workers], [log.read_text() for log in logs]
+    assert codes == [0, 0, 0], texts
     assert content_of(out) == content_of(many_alone)
     assert list(parts_of(out)) == list(parts_of(many_alone))
-    results = [json.loads((logs / f"out-{number}").read_text()) for number in range(3)]
+    results = [json.JSONDecoder().raw_decode(text, text.index("{"))[0] for text in texts]
     assert all(result["complete"] for result in results), "each leaves out only what is there already"
     assert {status_in(path)["state"] for path in out.glob("status*.json")} == {"done"}
     assert (out / "config.yaml").exists()
-    assert not [text for text in errors if "error: " in text or "warning: The part" in text]
+    assert not [text for text in texts if "error: " in text or "warning: The part" in text]
 
 
 def test_a_companion_killed_in_the_middle_leaves_the_next_run_clean(
@@ -126,12 +98,13 @@ def test_a_companion_killed_in_the_middle_leaves_the_next_run_clean(
 ) -> None:
     out = tmp_path / "ref"
     with RunDirectory(out, "precompute", companions=True):
-        process = start_held("dpocli.cache.writer:CacheWriter.write", 4, *MANY, "--out", out)
-        process.kill()
-        _, err = process.communicate()
-        assert BESIDE in err
+        line, log = (*MANY, "--out", out), tmp_path / "log"
+        worker = Worker.start_held("dpocli.cache.writer:CacheWriter.write", 4, line, log)
+        pid = worker.pid
+        worker.end(signal.SIGKILL)
+        assert BESIDE in log.read_text()
         assert status_in(out / "status.json")["pid"] == os.getpid(), "it left the other's status alone"
-        assert status_in(companion_status(out, process.pid))["state"] == "running"
+        assert status_in(companion_status(out, pid))["state"] == "running"
     there = parts_of(out)
     assert len(there) == 3
     result = dpocli(*MANY, "--out", out)
