@@ -1,9 +1,12 @@
-"""What the formulas of the losses promise: needs, rewards, gradients, invariances, limits."""
+"""What the formulas of the losses promise: needs, rewards, gradients, invariances, limits.
+
+`test_goldens` compares values with public implementations; here each test loops over the variants of a loss.
+"""
 
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,314 +20,291 @@ from dpocli.config.loss_expression import LossChoice
 from dpocli.config.losses import CATALOGUE
 from dpocli.objective.batch_gradient import batch_gradient, with_gradient
 from dpocli.objective.logps import LogpColumns, PairLogps
-from dpocli.objective.losses import LOSSES, NEXT_STATE, LossOutput, States, compute, next_states
+from dpocli.objective.losses import LOSSES, NEXT_STATE, States, compute, next_states
 from dpocli.objective.losses.modifiers import wpo_weights
 from dpocli.objective.losses.reference_free import alphapo
 from dpocli.objective.metrics import batch_loss, pair_metrics
+from tests.objective.random_logps import (
+    ON,
+    PAIRS,
+    STATES,
+    at_the_reference,
+    choice_of,
+    close,
+    gradients,
+    learned,
+    losses_of,
+    moved,
+    name_of,
+    optional,
+    output_of,
+    own_variants,
+    permuted,
+    random_logps,
+    variants,
+    with_log_ratios,
+    with_policy,
+)
 
-OTHER: Mapping[str, Value] = {
-    "label_smoothing": 0.2,
-    "discopop_tau": 0.4,
-    "dpop_lambda": 2.0,
-    "r_dpo_alpha": 0.1,
-    "reduction": "sum",
-    "gamma": 0.5,
-    "alphapo_alpha": -0.5,
-    "sft_weight": 0.3,
-    "delta": "none",
-    "beta_dpo_alpha": 0.3,
-    "beta_dpo_momentum": 0.5,
+LN2 = math.log(2)
+
+Numbers = dict[str, Value]
+
+
+@dataclass(frozen=True)
+class NotMonotone:
+    """A move of both sides' log-ratios, the chosen one up and the rejected one down, that raises the loss."""
+
+    numbers: Numbers
+    start: tuple[float, float]
+    move: tuple[float, float] = (0.5, -0.5)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What holds of a loss's formula. The defaults hold of most; a test fails where one does not."""
+
+    margin_alone: Numbers | None = None
+    """The numbers with which the loss depends on the margin of sums alone; None: with none."""
+    scaling: int | None = 0
+    """Log-probs times s and beta over s multiply the loss by s to this power; None: by no power."""
+    monotone: NotMonotone | str = "each pair"
+    """Chosen up and rejected down never raise the loss of "each pair", or the mean of the "batch"."""
+    at_the_reference: float | None = LN2
+    """The loss of any pair of which the policy says what the reference says; None: it depends on the pair."""
+
+
+IPO_TARGET = 1 / 0.6
+"""1/(2 beta) at a beta of 0.3."""
+
+PROMISES: Mapping[str, Promise] = {
+    "dpo": Promise(margin_alone={}),
+    "dpo_reference_free": Promise(margin_alone={}),
+    "wpo": Promise(margin_alone={}, at_the_reference=None),
+    "robust": Promise(margin_alone={}),
+    # Surer than 1 - e.
+    "exo_pair": Promise(
+        margin_alone={},
+        monotone=NotMonotone({"beta": 1.0}, (4.0, -4.0)),
+        at_the_reference=-LN2 - 0.5 * (math.log(0.999) + math.log(0.001)),
+    ),
+    # The ridge between its two losses.
+    "discopop": Promise(
+        margin_alone={},
+        monotone=NotMonotone({"beta": 0.05}, (0.0, 0.0), (1.0, -1.0)),
+        at_the_reference=0.5 * LN2 + 0.5,
+    ),
+    "r_dpo": Promise(margin_alone={}, at_the_reference=None),
+    "hinge": Promise(margin_alone={}, at_the_reference=1.0),
+    # Beyond its target.
+    "ipo": Promise(
+        margin_alone={"reduction": "sum"},
+        scaling=2,
+        monotone=NotMonotone({"beta": 0.5}, (2.0, 0.0)),
+        at_the_reference=IPO_TARGET**2,
+    ),
+    # More than its anchor asks of the chosen side.
+    "nca_pair": Promise(monotone=NotMonotone({"beta": 1.0}, (2.0, -9.0)), at_the_reference=2 * LN2),
+    "bco_pair": Promise(at_the_reference=2 * LN2),
+    "sppo_hard": Promise(
+        scaling=2, monotone=NotMonotone({"beta": 0.5}, (1.0, -1.0)), at_the_reference=2 * IPO_TARGET**2
+    ),
+    "apo_zero": Promise(at_the_reference=1.0),
+    # The chosen side falls.
+    "apo_down": Promise(monotone=NotMonotone({"beta": 1.0}, (0.0, -9.0)), at_the_reference=1.0),
+    "cal_dpo": Promise(
+        scaling=None, monotone=NotMonotone({"beta": 0.5}, (3.0, -3.0)), at_the_reference=LN2 + IPO_TARGET**2
+    ),
+    "alphapo": Promise(scaling=None),
+    "cpo": Promise(margin_alone={"sft_weight": 0.0}, scaling=None),
+    "orpo": Promise(scaling=None),
+    "slic": Promise(margin_alone={"sft_weight": 0.0}, scaling=None),
+    "sft": Promise(scaling=1),
+    "rpo": Promise(margin_alone={"sft_weight": 0.0}, scaling=None, at_the_reference=None),
+    # A pair may change its rank, but none of the sorted differences falls.
+    "aot": Promise(margin_alone={}, monotone="batch"),
+    "aot_unpaired": Promise(margin_alone={}, monotone="batch"),
+    # Other pairs raise the beta of the batch.
+    "beta_dpo": Promise(margin_alone={}, monotone="has its own test"),
 }
-"""Of each hyperparameter that is a loss's own, a value that is no loss's default."""
-
-ON: Mapping[str, dict[str, Value]] = {
-    "ld_alpha": {"ld_alpha": 0.3},
-    "f_divergence": {"f_divergence": "js"},
-    "f_alpha": {"f_divergence": "alpha", "f_alpha": 0.4},
-    "weighting": {"weighting": "wpo"},
-}
-"""What turns each modifier on."""
-
-STATES: States = {"bco_pair": {"pairs": 20.0, "mean": 0.3}, "beta_dpo": {"mean": -0.7}}
 
 NAMES = sorted(LOSSES)
-VARIANTS: list[tuple[str, dict[str, Value]]] = [(name, {}) for name in NAMES] + [
-    (name, {own.name: OTHER[own.name]}) for name in NAMES for own in CATALOGUE[name].hyperparameters
-]
-"""Every loss, and every loss with each of its own hyperparameters at another value."""
-MODIFIED: list[tuple[str, dict[str, Value]]] = [
-    (name, ON[modifier.name]) for name in NAMES for modifier in CATALOGUE[name].modifiers
-]
-"""Every loss with each of its modifiers on."""
-
-
-def name_of(value: Any) -> str:
-    return ",".join(f"{key}={given}" for key, given in value.items()) if isinstance(value, dict) else str(value)
-
-
-variants_and_modified = pytest.mark.parametrize(("name", "numbers"), VARIANTS + MODIFIED, ids=name_of)
+VARIANTS = [(name, numbers) for name in NAMES for numbers in variants(name)]
 each_loss = pytest.mark.parametrize("name", NAMES)
 
 
-def random_logps(seed: int = 0, pairs: int = 7) -> PairLogps:
-    """Sums over random tokens, with every optional column. The policy stays near the reference."""
-    generator = np.random.default_rng(seed)
-    columns: dict[str, list[float]] = {column.name: [] for column in fields(PairLogps)}
-    for _ in range(pairs):
-        lengths = {"chosen": int(generator.integers(2, 9)), "rejected": int(generator.integers(2, 9))}
-        for side, length in lengths.items():
-            policy = -generator.exponential(1.5, length)
-            reference = policy + generator.normal(0, 0.6, length)
-            shared = min(lengths.values())
-            columns[f"{side}_tokens"].append(length)
-            columns[f"policy_{side}"].append(policy.sum())
-            columns[f"reference_{side}"].append(reference.sum())
-            columns[f"policy_{side}_collision"].append((policy * generator.uniform(0.4, 1.5, length)).sum())
-            columns[f"policy_{side}_tail"].append(policy[shared:].sum())
-            columns[f"reference_{side}_tail"].append(reference[shared:].sum())
-    return PairLogps(
-        **{
-            name: torch.tensor(values, dtype=torch.int64 if "tokens" in name else torch.float64)
-            for name, values in columns.items()
-        }
-    )
+def promise(name: str) -> Promise:
+    return PROMISES.get(name, Promise())
 
 
-def optional(values: Tensor | None) -> Tensor:
-    assert values is not None
-    return values
-
-
-def with_policy(logps: PairLogps, chosen: Tensor, rejected: Tensor) -> PairLogps:
-    """With these sums of the policy, and WPO's weights as they were."""
-    moved = {"chosen": (chosen - logps.policy_chosen).detach(), "rejected": (rejected - logps.policy_rejected).detach()}
-    return replace(
-        logps,
-        policy_chosen=chosen,
-        policy_rejected=rejected,
-        policy_chosen_collision=optional(logps.policy_chosen_collision) + moved["chosen"],
-        policy_rejected_collision=optional(logps.policy_rejected_collision) + moved["rejected"],
-    )
-
-
-def with_log_ratios(chosen: float, rejected: float, tokens: int = 1) -> PairLogps:
-    """One pair with these log-ratios; its answers are as long, and as likely for WPO."""
-    reference = torch.tensor([-20.0], dtype=torch.float64)
-    count = torch.tensor([tokens])
-    sums = reference + chosen, reference + rejected
-    return PairLogps(*sums, reference, reference, count, count, *sums)
-
-
-def permuted(logps: PairLogps, order: Tensor) -> PairLogps:
-    return PairLogps(**{name: values[order] for name, values in logps.columns().items()})
-
-
-def choice_of(name: str, **numbers: Value) -> LossChoice:
-    """The loss with a beta of 0.3, at which none of them is flat, unless another is given."""
-    return LossChoice.of(name, ({} if CATALOGUE[name].beta is None else {"beta": 0.3}) | numbers)
-
-
-def output_of(name: str, logps: PairLogps, states: States | None = None, /, **numbers: Value) -> LossOutput:
-    return compute(choice_of(name, **numbers), logps, states)
-
-
-def losses_of(name: str, logps: PairLogps, states: States | None = None, /, **numbers: Value) -> Tensor:
-    return output_of(name, logps, states, **numbers).losses
-
-
-def close(mine: Tensor, other: Tensor, tolerance: float = 1e-10) -> bool:
-    return torch.allclose(mine, other, rtol=tolerance, atol=tolerance)
+def states_of(name: str) -> States:
+    """The state of beta_dpo, without which its beta is that of no batch."""
+    return STATES if name == "beta_dpo" else {}
 
 
 # the catalogue
 
 
 def test_the_catalogue_is_what_is_implemented() -> None:
-    assert CATALOGUE.keys() == LOSSES.keys()
+    assert CATALOGUE.keys() == LOSSES.keys() >= PROMISES.keys()
     assert {name for name, spec in CATALOGUE.items() if spec.stateful} == NEXT_STATE.keys()
-    assert {name for name, spec in CATALOGUE.items() if spec.name != name} == set()
-
-
-@each_loss
-def test_the_catalogue_declares_the_keywords_of_the_function(name: str) -> None:
-    spec = CATALOGUE[name]
-    (logps, *keywords) = inspect.signature(LOSSES[name]).parameters.values()
-    assert logps.name == "logps"
-    assert all(keyword.kind is inspect.Parameter.KEYWORD_ONLY for keyword in keywords)
-    # Of sft, beta is the only one with a default: it is not used.
-    beta = inspect.Parameter.empty if spec.beta is not None else 1.0
-    expected = {"beta": beta} | spec.defaults | ({"state": None} if spec.stateful else {})
-    assert {keyword.name: keyword.default for keyword in keywords} == expected
-
-
-@pytest.mark.parametrize("name", NEXT_STATE)
-def test_the_state_takes_the_keywords_of_its_loss(name: str) -> None:
-    keywords = inspect.signature(NEXT_STATE[name]).parameters.keys()
-    assert keywords == {"logps", "beta", "state", *CATALOGUE[name].defaults}
-
-
-def test_only_sft_has_no_beta() -> None:
-    assert [name for name, spec in CATALOGUE.items() if spec.beta is None] == ["sft"]
-    logps = random_logps()
-    assert close(LOSSES["sft"](logps, beta=7.0).losses, LOSSES["sft"](logps).losses)
-
-
-def test_the_other_values_cover_all_hyperparameters() -> None:
-    assert OTHER.keys() == {own.name for spec in CATALOGUE.values() for own in spec.hyperparameters}
+    assert {name for name, loss in LOSSES.items() if loss.__name__ != name} == set()
     assert ON.keys() == {modifier.name for modifier in MODIFIERS}
+    assert [name for name, spec in CATALOGUE.items() if spec.beta is None] == ["sft"]
+    assert close(LOSSES["sft"](random_logps(), beta=7.0).losses, LOSSES["sft"](random_logps()).losses)
 
 
-@pytest.mark.parametrize(("name", "numbers"), VARIANTS[len(NAMES) :] + MODIFIED, ids=name_of)
-def test_every_hyperparameter_changes_something(name: str, numbers: dict[str, Value]) -> None:
-    states = STATES if name == "beta_dpo" else {}
-    if "beta_dpo_momentum" in numbers:  # it acts on the state alone
-        ours, others = (next_states(choice_of(name, **given), random_logps(), states)[name] for given in (numbers, {}))
-        assert ours["mean"] != others["mean"]
-        return
-    changed = losses_of(name, random_logps(), states, **numbers)
-    assert ((changed - losses_of(name, random_logps(), states)).abs() > 1e-6).any()
+def test_the_catalogue_declares_the_keywords_of_the_functions() -> None:
+    for name, spec in CATALOGUE.items():
+        (logps, *keywords) = inspect.signature(LOSSES[name]).parameters.values()
+        assert logps.name == "logps", name
+        assert all(keyword.kind is inspect.Parameter.KEYWORD_ONLY for keyword in keywords), name
+        # Of sft, beta is the only one with a default: it is not used.
+        beta = inspect.Parameter.empty if spec.beta is not None else 1.0
+        expected = {"beta": beta} | spec.defaults | ({"state": None} if spec.stateful else {})
+        assert {keyword.name: keyword.default for keyword in keywords} == expected, name
+    for name, next_state in NEXT_STATE.items():
+        assert inspect.signature(next_state).parameters.keys() == {"logps", "state", "beta", *CATALOGUE[name].defaults}
 
 
 @each_loss
-def test_beta_changes_the_loss_where_there_is_one(name: str) -> None:
+def test_every_number_changes_something(name: str) -> None:
+    logps, states = random_logps(), states_of(name)
+    plain = losses_of(name, logps, states)
     if CATALOGUE[name].beta is not None:
-        assert not close(losses_of(name, random_logps(), beta=0.4), losses_of(name, random_logps()), 1e-6)
+        assert not close(losses_of(name, logps, beta=0.4), losses_of(name, logps), 1e-6)
+    for numbers in variants(name)[1:]:
+        if "beta_dpo_momentum" in numbers:  # it acts on the state alone
+            ours, others = (next_states(choice_of(name, **given), logps, states)[name] for given in (numbers, {}))
+            assert ours["mean"] != others["mean"]
+        else:
+            assert ((losses_of(name, logps, states, **numbers) - plain).abs() > 1e-6).any(), numbers
 
 
 # what a loss needs
 
 
-@variants_and_modified
-def test_what_a_loss_needs_is_what_it_reads(name: str, numbers: dict[str, Value]) -> None:
-    everything, choice = random_logps(), choice_of(name, **numbers)
-    names = LogpColumns.by(choice.needs, has_reference=choice.needs_reference).names
-    needed = {column: values for column, values in everything.columns().items() if column in names}
+@each_loss
+def test_what_a_loss_needs_is_what_it_reads(name: str) -> None:
+    """Columns that it does not need may be absent or NaN, and other pairs too, unless it needs the whole batch."""
+    logps, states = random_logps(), states_of(name)
     absent: dict[str, Any] = dict.fromkeys(("reference_chosen", "reference_rejected"))
-    expected = compute(choice, everything)
-    assert expected.losses.shape == expected.chosen_rewards.shape == expected.rejected_rewards.shape == (7,)
-    found = compute(choice, PairLogps(**absent | needed))
-    assert torch.equal(found.losses, expected.losses)
-    assert torch.equal(found.chosen_rewards, expected.chosen_rewards)
-    assert torch.equal(found.rejected_rewards, expected.rejected_rewards)
-    for column in needed.keys() - LogpColumns().names:
-        removed: dict[str, Any] = {column: None}
-        with pytest.raises((AssertionError, TypeError)):
-            compute(choice, replace(everything, **removed))
+    nan = torch.full((PAIRS,), math.nan, dtype=torch.float64)
+    for numbers in variants(name):
+        choice = choice_of(name, **numbers)
+        names = LogpColumns.by(choice.needs, has_reference=choice.needs_reference).names
+        needed = {column: values for column, values in logps.columns().items() if column in names}
+        expected = compute(choice, logps)
+        others_are_nan = replace(logps, **{column: nan for column in logps.columns() if column not in names})
+        for found in (compute(choice, PairLogps(**absent | needed)), compute(choice, others_are_nan)):
+            for field in ("losses", "chosen_rewards", "rejected_rewards"):
+                assert getattr(found, field).shape == (PAIRS,), numbers
+                assert torch.equal(getattr(found, field), getattr(expected, field)), numbers
+        for column in needed.keys() - LogpColumns().names:
+            removed: dict[str, Any] = {column: None}
+            with pytest.raises((AssertionError, TypeError)):
+                compute(choice, replace(logps, **removed))
+        alone = [compute(choice, permuted(logps, torch.tensor([pair])), states).losses for pair in range(PAIRS)]
+        assert close(compute(choice, logps, states).losses, torch.cat(alone)) != choice.is_whole_batch, numbers
 
 
-@variants_and_modified
-def test_columns_that_are_not_needed_are_not_read(name: str, numbers: dict[str, Value]) -> None:
-    everything, choice = random_logps(), choice_of(name, **numbers)
-    names = LogpColumns.by(choice.needs, has_reference=choice.needs_reference).names
-    nan = torch.full((7,), math.nan, dtype=torch.float64)
-    poisoned = replace(everything, **{column: nan for column in everything.columns() if column not in names})
-    assert torch.equal(compute(choice, poisoned).losses, compute(choice, everything).losses)
-
-
-@variants_and_modified
-def test_only_losses_of_the_whole_batch_look_at_other_pairs(name: str, numbers: dict[str, Value]) -> None:
-    logps, choice = random_logps(), choice_of(name, **numbers)
-    states = STATES if name == "beta_dpo" else {}
-    together = compute(choice, logps, states).losses
-    apart = torch.cat([compute(choice, permuted(logps, torch.tensor([pair])), states).losses for pair in range(7)])
-    assert close(together, apart) != choice.is_whole_batch
-
-
-@pytest.mark.parametrize(
-    "numbers", [{}, {"delta": "none"}, {"delta": "running"}], ids=["default", "delta=none", "delta=running"]
-)
-def test_delta_none_leaves_no_need_of_the_whole_batch(numbers: dict[str, Value]) -> None:
-    assert (Need.WHOLE_BATCH in choice_of("bco_pair", **numbers).needs) == (numbers != {"delta": "none"})
+def test_delta_none_leaves_no_need_of_the_whole_batch() -> None:
+    for numbers in ({}, {"delta": "none"}, {"delta": "running"}):
+        assert (Need.WHOLE_BATCH in choice_of("bco_pair", **numbers).needs) == (numbers != {"delta": "none"})
 
 
 # rewards
 
 
-@pytest.mark.parametrize(("name", "numbers"), [variant for variant in VARIANTS if variant[0] != "alphapo"], ids=name_of)
-def test_rewards_are_what_the_catalogue_declares(name: str, numbers: dict[str, Value]) -> None:
-    """Those of alphapo are bent by its alpha: see the next test."""
+@each_loss
+def test_rewards_are_what_the_catalogue_declares(name: str) -> None:
     logps, declared = random_logps(), CATALOGUE[name].reward
-    output = output_of(name, logps, **numbers)
-    per_token = declared.per_token and not (name == "ipo" and numbers.get("reduction") == "sum")
-    for rewards, policy, reference, tokens in (
-        (output.chosen_rewards, logps.policy_chosen, logps.reference_chosen, logps.chosen_tokens),
-        (output.rejected_rewards, logps.policy_rejected, logps.reference_rejected, logps.rejected_tokens),
-    ):
-        expected = policy - optional(reference) if declared.log_ratio else policy
-        expected = expected / tokens if per_token else expected
-        assert close(rewards, 0.3 * expected if declared.times_beta else expected)
+    assert str(declared).startswith("beta x ") == declared.times_beta
+    assert ("mean" in str(declared), "log-ratio" in str(declared)) == (declared.per_token, declared.log_ratio)
+    for numbers in variants(name):
+        output = output_of(name, learned(logps), **numbers)
+        assert output.losses.requires_grad, numbers
+        assert not output.chosen_rewards.requires_grad, numbers
+        assert not output.rejected_rewards.requires_grad, numbers
+    if name == "alphapo":  # they are bent by its alpha: see the next test
+        return
+    for numbers in own_variants(name):
+        output = output_of(name, logps, **numbers)
+        per_token = declared.per_token and not (name == "ipo" and numbers.get("reduction") == "sum")
+        for rewards, policy, reference, tokens in (
+            (output.chosen_rewards, logps.policy_chosen, logps.reference_chosen, logps.chosen_tokens),
+            (output.rejected_rewards, logps.policy_rejected, logps.reference_rejected, logps.rejected_tokens),
+        ):
+            expected = policy - optional(reference) if declared.log_ratio else policy
+            expected = expected / tokens if per_token else expected
+            assert close(rewards, 0.3 * expected if declared.times_beta else expected), numbers
 
 
-@pytest.mark.parametrize("alpha", [0.25, -0.5, 0.0])
-def test_rewards_of_alphapo_rise_with_the_mean_logp(alpha: float) -> None:
+def test_rewards_of_alphapo_rise_with_the_mean_logp() -> None:
     logps = random_logps(pairs=40)
-    output = output_of("alphapo", logps, alphapo_alpha=alpha)
     means = torch.cat([logps.policy_chosen / logps.chosen_tokens, logps.policy_rejected / logps.rejected_tokens])
-    rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
-    assert torch.equal(rewards.argsort(), means.argsort())
-    # At a certain answer the slope is beta, whatever alpha is.
-    near_zero = replace(logps, policy_chosen=-1e-6 * logps.chosen_tokens.double())
-    slopes = output_of("alphapo", near_zero, alphapo_alpha=alpha).chosen_rewards / -1e-6
-    assert close(slopes, torch.full_like(slopes, 0.3), 1e-5)
-
-
-@each_loss
-def test_a_declared_reward_says_how_it_is_made(name: str) -> None:
-    said = str(CATALOGUE[name].reward)
-    reward = CATALOGUE[name].reward
-    assert said.startswith("beta x ") == reward.times_beta
-    assert ("mean" in said, "log-ratio" in said) == (reward.per_token, reward.log_ratio)
-
-
-@variants_and_modified
-def test_rewards_take_no_gradient(name: str, numbers: dict[str, Value]) -> None:
-    logps = random_logps()
-    learned = logps.policy_chosen.clone().requires_grad_(), logps.policy_rejected.clone().requires_grad_()
-    output = output_of(name, with_policy(logps, *learned), **numbers)
-    assert output.losses.requires_grad
-    assert not output.chosen_rewards.requires_grad
-    assert not output.rejected_rewards.requires_grad
-
-
-@each_loss
-def test_needing_the_reference_is_ranking_against_it(name: str) -> None:
-    assert CATALOGUE[name].reward.log_ratio == CATALOGUE[name].needs_reference
+    for alpha in (0.25, -0.5, 0.0):
+        output = output_of("alphapo", logps, alphapo_alpha=alpha)
+        rewards = torch.cat([output.chosen_rewards, output.rejected_rewards])
+        assert torch.equal(rewards.argsort(), means.argsort()), alpha
+        # At a certain answer the slope is beta, whatever alpha is.
+        near_zero = replace(logps, policy_chosen=-1e-6 * logps.chosen_tokens.double())
+        slopes = output_of("alphapo", near_zero, alphapo_alpha=alpha).chosen_rewards / -1e-6
+        assert close(slopes, torch.full_like(slopes, 0.3), 1e-5), alpha
 
 
 # gradients
 
+LEARNED = ("policy_chosen", "policy_rejected", "policy_chosen_tail", "policy_rejected_tail")
+WEIGHTS = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 3.0], dtype=torch.float64)
 
-@variants_and_modified
-def test_gradients_by_finite_differences(name: str, numbers: dict[str, Value]) -> None:
-    """beta_dpo without a state has the benchmark beta; bco_pair's shift is held by one."""
+
+@each_loss
+def test_gradients_by_finite_differences(name: str) -> None:
+    """Along random directions through all pairs and columns, for random sums of the pairs' losses.
+
+    beta_dpo without a state has the base beta; bco_pair's shift is held by one.
+    """
+    logps, step = random_logps(), 1e-6
+    generator = torch.Generator().manual_seed(0)
+    states = {"bco_pair": STATES["bco_pair"]}
+    columns = [optional(getattr(logps, column)) for column in LEARNED]
+
+    def loss(sums: list[Tensor], numbers: Numbers, weights: Tensor) -> Tensor:
+        chosen, rejected, chosen_tail, rejected_tail = sums
+        tails = {"policy_chosen_tail": chosen_tail, "policy_rejected_tail": rejected_tail}
+        return weights @ losses_of(name, replace(with_policy(logps, chosen, rejected), **tails), states, **numbers)
+
+    for numbers in variants(name):
+        for _ in range(3):
+            weights, *direction = torch.randn(5, PAIRS, generator=generator, dtype=torch.float64)
+            leaves = [column.clone().requires_grad_() for column in columns]
+            found = torch.autograd.grad(loss(leaves, numbers, weights), leaves, allow_unused=True)
+            ahead, behind = (
+                loss([column + sign * way for column, way in zip(columns, direction, strict=True)], numbers, weights)
+                for sign in (step, -step)
+            )
+            slope = sum(float(one @ way) for one, way in zip(found, direction, strict=True) if one is not None)
+            assert float(ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-6, abs=1e-7), numbers
+
+
+def test_the_gradient_of_a_batch_in_two_steps() -> None:
+    """First with respect to the log-probs of all pairs, then from the log-probs on, micro-batch by micro-batch."""
     logps = random_logps()
-    leaves = tuple(
-        values.clone().requires_grad_()
-        for values in (
-            logps.policy_chosen,
-            logps.policy_rejected,
-            optional(logps.policy_chosen_tail),
-            optional(logps.policy_rejected_tail),
-        )
-    )
-
-    def loss(chosen: Tensor, rejected: Tensor, chosen_tail: Tensor, rejected_tail: Tensor) -> Tensor:
-        moved = replace(
-            with_policy(logps, chosen, rejected), policy_chosen_tail=chosen_tail, policy_rejected_tail=rejected_tail
-        )
-        return output_of(name, moved, {"bco_pair": STATES["bco_pair"]}, **numbers).losses
-
-    assert torch.autograd.gradcheck(loss, leaves)
-
-
-def gradients(losses: Tensor, *leaves: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(losses.sum(), leaves))
-
-
-def learned(logps: PairLogps) -> PairLogps:
-    return with_policy(
-        logps, logps.policy_chosen.clone().requires_grad_(), logps.policy_rejected.clone().requires_grad_()
-    )
+    for name, numbers in VARIANTS:
+        choice = choice_of(name, **numbers)
+        leaves = {column: optional(getattr(logps, column)).clone().requires_grad_() for column in LEARNED}
+        whole = batch_loss(compute(choice, replace(logps, **leaves), STATES).losses, WEIGHTS)
+        expected = torch.autograd.grad(whole, list(leaves.values()), allow_unused=True)
+        found = batch_gradient(choice, logps, WEIGHTS, STATES)
+        assert found.keys() == leaves.keys()
+        for column, gradient in zip(LEARNED, expected, strict=True):
+            assert close(found[column], torch.zeros(PAIRS).double() if gradient is None else gradient), (name, numbers)
+        for part in (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5, 6])):
+            of_part = {column: values[part] for column, values in found.items()}
+            torch.autograd.backward(with_gradient(permuted(replace(logps, **leaves), part), of_part))
+        for column, leaf in leaves.items():
+            assert close(optional(leaf.grad), found[column]), (name, numbers)
 
 
 def test_beta_dpo_is_dpo_with_the_beta_of_the_batch() -> None:
@@ -340,16 +320,11 @@ def test_beta_dpo_is_dpo_with_the_beta_of_the_batch() -> None:
     assert close(output.losses, dpo.losses)
     for mine, other in zip(gradients(output.losses, *leaves), gradients(dpo.losses, *leaves), strict=True):
         assert close(mine, other)
-    assert close(output.chosen_rewards, 0.3 * log_ratios[0])  # the benchmark beta
-
-
-def test_the_beta_of_beta_dpo_stays_above_zero() -> None:
-    logps = with_log_ratios(-20.0, 20.0)
-    assert close(losses_of("beta_dpo", logps, STATES), losses_of("dpo", logps, beta=1e-3))
-
-
-def test_beta_dpo_without_a_state_takes_the_batch_for_usual() -> None:
+    assert close(output.chosen_rewards, 0.3 * log_ratios[0])  # the base beta
+    # Without a state the batch is what is usual; and beta stays above zero.
     assert close(losses_of("beta_dpo", random_logps()), losses_of("dpo", random_logps()))
+    far = with_log_ratios(-20.0, 20.0)
+    assert close(losses_of("beta_dpo", far, STATES), losses_of("dpo", far, beta=1e-3))
 
 
 def test_the_shift_of_bco_takes_no_gradient() -> None:
@@ -366,108 +341,60 @@ def test_the_shift_of_bco_takes_no_gradient() -> None:
     assert close(running.losses, by_hand)
 
 
-@variants_and_modified
-def test_the_gradient_of_a_batch_in_two_steps(name: str, numbers: dict[str, Value]) -> None:
-    """First with respect to the log-probs of all pairs, then from the log-probs on, micro-batch by micro-batch."""
-    choice, weights = choice_of(name, **numbers), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 1.0, 3.0]).double()
-    logps = random_logps()
-    columns = ("policy_chosen", "policy_rejected", "policy_chosen_tail", "policy_rejected_tail")
-    leaves = {column: optional(getattr(logps, column)).clone().requires_grad_() for column in columns}
-    whole = batch_loss(compute(choice, replace(logps, **leaves), STATES).losses, weights)
-    expected = torch.autograd.grad(whole, list(leaves.values()), allow_unused=True)
-    found = batch_gradient(choice, logps, weights, STATES)
-    assert found.keys() == leaves.keys()
-    for column, gradient in zip(columns, expected, strict=True):
-        assert close(found[column], torch.zeros(7).double() if gradient is None else gradient)
-    for part in (torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5, 6])):
-        micro_batch = permuted(replace(logps, **leaves), part)
-        torch.autograd.backward(with_gradient(micro_batch, {column: values[part] for column, values in found.items()}))
-    for column, leaf in leaves.items():
-        assert close(optional(leaf.grad), found[column])
-
-
 # invariances
 
 CONSTANTS = torch.tensor([0.7, -1.3, 2.0, 0.1, -0.4, 3.0, -2.5], dtype=torch.float64)
-ONE_CONSTANT = torch.full((7,), 0.7, dtype=torch.float64)
-IMITATES = {"sft", "rpo", "cpo", "slic", "orpo"}
-"""They raise the chosen answer's likelihood itself."""
+ONE_CONSTANT = torch.full((PAIRS,), 0.7, dtype=torch.float64)
+ZEROS = torch.zeros(PAIRS, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("side", ["chosen", "rejected"])
-@each_loss
-def test_only_the_log_ratio_to_the_reference_counts(name: str, side: str) -> None:
+def test_only_the_log_ratio_to_the_reference_counts() -> None:
     """The same constant added to policy and reference."""
-    logps = random_logps()
-    # aot sorts the margins of policy and reference apart, so that only the same constant for all pairs changes nothing.
-    constants = ONE_CONSTANT if name == "aot" else CONSTANTS
-    moved = (constants, 0 * constants) if side == "chosen" else (0 * constants, constants)
-    shifted = with_policy(logps, logps.policy_chosen + moved[0], logps.policy_rejected + moved[1])
-    if CATALOGUE[name].needs_reference:
-        shifted = replace(
-            shifted,
-            reference_chosen=optional(logps.reference_chosen) + moved[0],
-            reference_rejected=optional(logps.reference_rejected) + moved[1],
-        )
-    same = close(losses_of(name, shifted), losses_of(name, logps))
-    if name in ("rpo", "sft"):
-        assert same == (side == "rejected")
-    else:
-        assert same == CATALOGUE[name].needs_reference
+    logps, wrong = random_logps(), []
+    for name in NAMES:
+        has_reference = CATALOGUE[name].needs_reference
+        # aot sorts the margins of policy and reference apart: only the same constant for all pairs changes nothing.
+        constants = ONE_CONSTANT if name == "aot" else CONSTANTS
+        for side, added in (("chosen", (constants, ZEROS)), ("rejected", (ZEROS, constants))):
+            same = close(losses_of(name, moved(logps, *added, reference=has_reference)), losses_of(name, logps))
+            # rpo and sft raise the likelihood of the chosen answer itself.
+            if same != (side == "rejected" if name in ("rpo", "sft") else has_reference):
+                wrong.append((name, side))
+    assert wrong == []
 
 
-ONLY_THE_MARGIN: Mapping[str, dict[str, Value]] = {
-    "dpo": {},
-    "dpo_reference_free": {},
-    "wpo": {},
-    "robust": {},
-    "exo_pair": {},
-    "discopop": {},
-    "r_dpo": {},
-    "hinge": {},
-    "ipo": {"reduction": "sum"},
-    "cpo": {"sft_weight": 0.0},
-    "rpo": {"sft_weight": 0.0},
-    "slic": {"sft_weight": 0.0},
-    "aot": {},
-    "aot_unpaired": {},
-    "beta_dpo": {},
-}
-"""Losses of the margin of sums alone, with the numbers that make them so."""
-
-
-@pytest.mark.parametrize("numbers_matter", [True, False])
-@each_loss
-def test_only_the_margin_counts(name: str, numbers_matter: bool) -> None:
+def test_only_the_margin_counts() -> None:
     """The same constant added to both sides of the policy."""
-    logps = random_logps()
-    # aot_unpaired sorts the two sides apart, so that only the same constant for all pairs changes nothing.
-    constants = ONE_CONSTANT if name == "aot_unpaired" else CONSTANTS
-    shifted = with_policy(logps, logps.policy_chosen + constants, logps.policy_rejected + constants)
-    numbers = ONLY_THE_MARGIN.get(name, {}) if numbers_matter else {}
-    same = close(losses_of(name, shifted, STATES, **numbers), losses_of(name, logps, STATES, **numbers))
-    assert same == (name in ONLY_THE_MARGIN and numbers == ONLY_THE_MARGIN[name])
+    logps, wrong = random_logps(), []
+    for name in NAMES:
+        margin_alone = promise(name).margin_alone
+        # aot_unpaired sorts the two sides apart: only the same constant for all pairs changes nothing.
+        constants = ONE_CONSTANT if name == "aot_unpaired" else CONSTANTS
+        for numbers in ({}, margin_alone or {}):
+            shifted, plain = (
+                losses_of(name, given, STATES, **numbers) for given in (moved(logps, constants, constants), logps)
+            )
+            if close(shifted, plain) != (numbers == margin_alone):
+                wrong.append((name, numbers))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
 def test_sorted_apart_pairs_do_not_keep_together(name: str) -> None:
     logps = random_logps()
-    shifted = with_policy(logps, logps.policy_chosen + CONSTANTS, logps.policy_rejected + CONSTANTS)
-    assert close(losses_of(name, shifted), losses_of(name, logps)) == (name == "aot")
-    moved = replace(
-        with_policy(logps, logps.policy_chosen + CONSTANTS, logps.policy_rejected),
-        reference_chosen=optional(logps.reference_chosen) + CONSTANTS,
-    )
-    assert close(losses_of(name, moved), losses_of(name, logps)) == (name == "aot_unpaired")
+    both_sides = moved(logps, CONSTANTS, CONSTANTS)
+    assert close(losses_of(name, both_sides), losses_of(name, logps)) == (name == "aot")
+    both_models = moved(logps, CONSTANTS, ZEROS, reference=True)
+    assert close(losses_of(name, both_models), losses_of(name, logps)) == (name == "aot_unpaired")
 
 
-@pytest.mark.parametrize(("name", "margins"), [("aot", "sides"), ("aot_unpaired", "models")])
-def test_aot_by_hand(name: str, margins: str) -> None:
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_aot_by_hand(name: str) -> None:
     """The k-th smallest of the one against the k-th smallest of the other; a loss belongs to the pair of rank k."""
     logps = random_logps()
     chosen, rejected = logps.policy_chosen, logps.policy_rejected
     reference_chosen, reference_rejected = optional(logps.reference_chosen), optional(logps.reference_rejected)
-    if margins == "sides":
+    if name == "aot":
         first, second = (chosen - rejected).tolist(), (reference_chosen - reference_rejected).tolist()
     else:
         first, second = (chosen - reference_chosen).tolist(), (rejected - reference_rejected).tolist()
@@ -475,122 +402,86 @@ def test_aot_by_hand(name: str, margins: str) -> None:
     assert close(losses_of(name, logps), torch.tensor(expected, dtype=torch.float64))
 
 
-SCALING: Mapping[str, int] = {
-    **dict.fromkeys(("dpo", "dpo_norm", "dpo_reference_free", "wpo", "robust", "exo_pair", "discopop", "dpop"), 0),
-    **dict.fromkeys(("r_dpo", "hinge", "nca_pair", "bco_pair", "apo_zero", "apo_down"), 0),
-    **dict.fromkeys(("simpo", "simpo_hinge", "aot", "aot_unpaired", "beta_dpo"), 0),
-    **dict.fromkeys(("ipo", "sppo_hard"), 2),
-    "sft": 1,
-}
-"""Log-probs times s and beta over s multiply the loss by s to this power."""
+SCALE = 2.5
 
 
-@each_loss
-def test_only_beta_times_the_log_probs_counts(name: str) -> None:
-    logps, scale = random_logps(), 2.5
-    scaled = replace(
-        with_policy(logps, scale * logps.policy_chosen, scale * logps.policy_rejected),
-        reference_chosen=scale * optional(logps.reference_chosen),
-        reference_rejected=scale * optional(logps.reference_rejected),
+def scaled(logps: PairLogps) -> PairLogps:
+    return replace(
+        with_policy(logps, SCALE * logps.policy_chosen, SCALE * logps.policy_rejected),
+        reference_chosen=SCALE * optional(logps.reference_chosen),
+        reference_rejected=SCALE * optional(logps.reference_rejected),
     )
-    numbers = {} if CATALOGUE[name].beta is None else {"beta": 0.3 / scale}
-    expected = scale ** SCALING.get(name, 0) * losses_of(name, logps)
-    assert close(losses_of(name, scaled, **numbers), expected) == (name in SCALING)
+
+
+def test_only_beta_times_the_log_probs_counts() -> None:
+    logps, wrong = random_logps(), []
+    for name in NAMES:
+        power = promise(name).scaling
+        numbers = {} if CATALOGUE[name].beta is None else {"beta": 0.3 / SCALE}
+        expected = SCALE ** (power or 0) * losses_of(name, logps)
+        if close(losses_of(name, scaled(logps), **numbers), expected) != (power is not None):
+            wrong.append(name)
+    assert wrong == []
 
 
 def test_losses_of_more_than_beta_times_the_log_probs_scale_with_their_other_numbers() -> None:
-    logps, scale = random_logps(), 2.5
-    scaled = replace(
-        with_policy(logps, scale * logps.policy_chosen, scale * logps.policy_rejected),
-        reference_chosen=scale * optional(logps.reference_chosen),
-        reference_rejected=scale * optional(logps.reference_rejected),
-    )
-    for name, own, power in (
-        ("rpo", {"sft_weight": 1 / scale}, 0),
-        ("cpo", {"sft_weight": 1 / scale}, 0),
-        ("alphapo", {"alphapo_alpha": 0.25 / scale}, 0),
-    ):
-        assert close(losses_of(name, scaled, beta=0.3 / scale, **own), scale**power * losses_of(name, logps)), name
-    assert close(losses_of("slic", scaled, beta=0.3 * scale), scale * losses_of("slic", logps))
+    logps = random_logps()
+    for name, own in (("rpo", "sft_weight"), ("cpo", "sft_weight"), ("alphapo", "alphapo_alpha")):
+        numbers = {own: float(CATALOGUE[name].defaults[own]) / SCALE}
+        assert close(losses_of(name, scaled(logps), beta=0.3 / SCALE, **numbers), losses_of(name, logps)), name
+    assert close(losses_of("slic", scaled(logps), beta=0.3 * SCALE), SCALE * losses_of("slic", logps))
 
 
-@variants_and_modified
-def test_permuting_the_pairs_permutes_losses_and_rewards(name: str, numbers: dict[str, Value]) -> None:
+def test_permuting_the_pairs_permutes_losses_and_rewards() -> None:
     order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-    straight = output_of(name, random_logps(), STATES, **numbers)
-    shuffled = output_of(name, permuted(random_logps(), order), STATES, **numbers)
-    for field in ("losses", "chosen_rewards", "rejected_rewards"):
-        assert close(getattr(shuffled, field), getattr(straight, field)[order])
-    assert len(set(straight.losses.tolist())) == 7 or name in ("hinge", "simpo_hinge", "slic")
+    for name, numbers in VARIANTS:
+        straight = output_of(name, random_logps(), STATES, **numbers)
+        shuffled = output_of(name, permuted(random_logps(), order), STATES, **numbers)
+        for field in ("losses", "chosen_rewards", "rejected_rewards"):
+            assert close(getattr(shuffled, field), getattr(straight, field)[order]), (name, field, numbers)
+        assert len(set(straight.losses.tolist())) == PAIRS or name in ("hinge", "simpo_hinge", "slic"), name
 
 
 # chosen up and rejected down
 
-MONOTONE = (
-    *("dpo", "dpo_norm", "dpo_reference_free", "wpo", "robust", "dpop", "r_dpo", "hinge", "bco_pair", "apo_zero"),
-    *("simpo", "simpo_hinge", "alphapo", "cpo", "orpo", "slic", "sft", "rpo"),
-)
-MONOTONE_AS_A_BATCH = ("aot", "aot_unpaired")
-"""A pair may change its rank, but none of the sorted differences falls."""
-NOT_MONOTONE: Mapping[str, tuple[dict[str, Value], tuple[float, float], tuple[float, float]]] = {
-    "ipo": ({"beta": 0.5}, (2.0, 0.0), (0.5, -0.5)),  # beyond its target
-    "sppo_hard": ({"beta": 0.5}, (1.0, -1.0), (0.5, -0.5)),
-    "cal_dpo": ({"beta": 0.5}, (3.0, -3.0), (0.5, -0.5)),
-    "exo_pair": ({"beta": 1.0}, (4.0, -4.0), (0.5, -0.5)),  # surer than 1 - e
-    "discopop": ({"beta": 0.05}, (0.0, 0.0), (1.0, -1.0)),  # the ridge between its two losses
-    "nca_pair": ({"beta": 1.0}, (2.0, -9.0), (0.5, -0.5)),  # more than its anchor asks of the chosen side
-    "apo_down": ({"beta": 1.0}, (0.0, -9.0), (0.5, -0.5)),  # the chosen side shall fall
-}
-"""The log-ratios from which a move of the two sides raises the loss."""
 
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", MONOTONE + MONOTONE_AS_A_BATCH)
-def test_chosen_up_and_rejected_down_never_raises_a_monotone_loss(name: str, seed: int) -> None:
-    logps, generator = random_logps(seed, pairs=30), torch.Generator().manual_seed(seed)
-    up, down = 3 * torch.rand(2, 30, generator=generator, dtype=torch.float64) ** 2
-    # A probability is at most 1.
-    moved = with_policy(logps, (logps.policy_chosen + up).clamp(max=0.0), logps.policy_rejected - down)
-    before, after = losses_of(name, logps, STATES), losses_of(name, moved, STATES)
-    if name in MONOTONE_AS_A_BATCH:
-        before, after = before.sum(), after.sum()
-    assert (after <= before + 1e-12).all()
-    assert (after < before).any()
-
-
-@pytest.mark.parametrize("name", NOT_MONOTONE)
-def test_a_loss_that_is_not_monotone(name: str) -> None:
-    numbers, (chosen, rejected), (up, down) = NOT_MONOTONE[name]
-    assert up > 0 > down
-    before, after = (
-        losses_of(name, with_log_ratios(*at), **numbers) for at in ((chosen, rejected), (chosen + up, rejected + down))
-    )
-    assert float(after) > float(before) + 1e-6
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "beta_dpo"])
+def test_chosen_up_and_rejected_down(name: str) -> None:
+    monotone = promise(name).monotone
+    if isinstance(monotone, NotMonotone):
+        (chosen, rejected), (up, down) = monotone.start, monotone.move
+        assert up > 0 > down
+        before, after = (
+            losses_of(name, with_log_ratios(*at), **monotone.numbers)
+            for at in ((chosen, rejected), (chosen + up, rejected + down))
+        )
+        assert float(after) > float(before) + 1e-6
+        return
+    for seed in range(3):
+        logps, generator = random_logps(seed, pairs=30), torch.Generator().manual_seed(seed)
+        higher, lower = 3 * torch.rand(2, 30, generator=generator, dtype=torch.float64) ** 2
+        # A probability is at most 1.
+        further = with_policy(logps, (logps.policy_chosen + higher).clamp(max=0.0), logps.policy_rejected - lower)
+        losses, then = losses_of(name, logps, STATES), losses_of(name, further, STATES)
+        if monotone == "batch":
+            losses, then = losses.sum(), then.sum()
+        assert (then <= losses + 1e-12).all(), seed
+        assert (then < losses).any(), seed
 
 
 def test_beta_dpo_is_not_monotone_where_others_raise_the_beta_of_the_batch() -> None:
     logps = random_logps()
-    wrong = int(
-        (
-            logps.policy_chosen
-            - logps.policy_rejected
-            - optional(logps.reference_chosen)
-            + optional(logps.reference_rejected)
-        ).argmin()
-    )
-    up = torch.full((7,), 5.0, dtype=torch.float64)
+    reference_margin = optional(logps.reference_chosen) - optional(logps.reference_rejected)
+    wrong = int((logps.policy_chosen - logps.policy_rejected - reference_margin).argmin())
+    up = torch.full((PAIRS,), 5.0, dtype=torch.float64)
     up[wrong] = 0.01
-    moved = with_policy(logps, logps.policy_chosen + up, logps.policy_rejected)
-    assert (losses_of("beta_dpo", moved, STATES) > losses_of("beta_dpo", logps, STATES))[wrong]
-
-
-def test_every_loss_is_said_to_be_monotone_or_not() -> None:
-    assert sorted([*MONOTONE, *MONOTONE_AS_A_BATCH, *NOT_MONOTONE, "beta_dpo"]) == NAMES
+    raised = losses_of("beta_dpo", moved(logps, up, ZEROS), STATES)
+    assert (raised > losses_of("beta_dpo", logps, STATES))[wrong]
 
 
 # extremes
 
-EXTREME_MODIFIERS: tuple[dict[str, Value], ...] = (
+EXTREME_MODIFIERS: tuple[Numbers, ...] = (
     {"ld_alpha": 0.0},
     {"f_divergence": "forward_kl"},
     {"f_divergence": "js"},
@@ -598,20 +489,31 @@ EXTREME_MODIFIERS: tuple[dict[str, Value], ...] = (
     {"f_divergence": "alpha", "f_alpha": 0.9},
     {"weighting": "wpo"},
 )
-EXTREME = VARIANTS + [
-    (name, given) for name in NAMES for given in EXTREME_MODIFIERS if given.keys() <= CATALOGUE[name].accepts.keys()
-]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("name", "numbers"), EXTREME, ids=name_of)
-def test_values_rewards_and_gradients_stay_finite_at_extremes(
-    name: str, numbers: dict[str, Value], dtype: torch.dtype
-) -> None:
+@each_loss
+def test_values_rewards_and_gradients_stay_finite_at_extremes(name: str) -> None:
     """Margins of ±1000 nats at log-probs of -10,000, and a policy that is certain; the paper's beta.
 
     Sums are float64, but the log-probs of tokens, to which the gradient goes, are float32.
     """
+    modifiers = [given for given in EXTREME_MODIFIERS if given.keys() <= CATALOGUE[name].accepts.keys()]
+    for dtype in (torch.float32, torch.float64):
+        for numbers in own_variants(name) + modifiers:
+            leaves, logps = extreme_logps(dtype)
+            output = compute(LossChoice.of(name, numbers), logps)
+            for values in (output.losses, output.chosen_rewards, output.rejected_rewards):
+                assert values.isfinite().all(), (dtype, numbers)
+                assert values.dtype == dtype, (dtype, numbers)
+            found = torch.autograd.grad(output.losses.sum(), leaves, allow_unused=True)
+            assert found[0] is not None
+            assert (found[0] != 0).any(), (dtype, numbers)
+            for gradient in found:
+                assert gradient is None or gradient.isfinite().all(), (dtype, numbers)
+
+
+def extreme_logps(dtype: torch.dtype) -> tuple[list[Tensor], PairLogps]:
+    """float32 leaves of the columns that are learned, and pairs of them."""
 
     def column(*values: float) -> Tensor:
         return torch.tensor(values, dtype=dtype)
@@ -629,29 +531,20 @@ def test_values_rewards_and_gradients_stay_finite_at_extremes(
     reference_chosen = column(-1e4, -1e4, -1e4, -9e3, -1e4, -10.0, -10.0, -10.0)
     reference_rejected = column(-1e4, -1e4, -1e4, -1e4, -9e3, -1e4, -10.0, -10.0)
     count = torch.tensor([10] * 8)
-    logps = PairLogps(
+    return leaves, PairLogps(
         *(chosen, rejected, reference_chosen, reference_rejected, count + 2, count),
         *(column(*[-5.0] * 8), column(*[-1e4] * 8)),
         *(*tails, column(*[-40.0] * 8), column(*[0.0] * 8)),
     )
-    output = compute(LossChoice.of(name, numbers), logps)
-    for values in (output.losses, output.chosen_rewards, output.rejected_rewards):
-        assert values.isfinite().all()
-        assert values.dtype == dtype
-    found = torch.autograd.grad(output.losses.sum(), leaves, allow_unused=True)
-    assert found[0] is not None
-    assert (found[0] != 0).any()
-    for gradient in found:
-        assert gradient is None or gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("tokens", [1, 1000])
-def test_orpo_of_a_certain_answer(tokens: int) -> None:
-    certain = torch.zeros(1, dtype=torch.float32, requires_grad=True)
-    count = torch.tensor([tokens])
-    losses = losses_of("orpo", PairLogps(certain, torch.tensor([-3.0]), None, None, count, count))
-    assert 0 <= float(losses.detach()) < 1e-4
-    assert gradients(losses, certain)[0].isfinite().all()
+def test_orpo_of_a_certain_answer() -> None:
+    for tokens in (1, 1000):
+        certain = torch.zeros(1, dtype=torch.float32, requires_grad=True)
+        count = torch.tensor([tokens])
+        losses = losses_of("orpo", PairLogps(certain, torch.tensor([-3.0]), None, None, count, count))
+        assert 0 <= float(losses.detach()) < 1e-4
+        assert gradients(losses, certain)[0].isfinite().all()
 
 
 # limits
@@ -691,7 +584,7 @@ def test_alphapo_tends_to_simpo() -> None:
     assert 0 < apart[1] < 0.11 * apart[0] < 0.11
 
 
-def test_sums_that_have_a_name_of_their_own() -> None:
+def test_sums_that_have_a_name() -> None:
     logps = random_logps()
     for text, name, numbers in (
         ("dpo(beta=0.3)+sft", "rpo", {}),
@@ -715,39 +608,19 @@ def test_cal_dpo_with_one_calibration_of_the_batch_is_the_same_on_the_mean() -> 
         assert close(mine, other)
 
 
-LN2 = math.log(2)
-AT_THE_REFERENCE: Mapping[str, float] = {
-    **dict.fromkeys(("dpo", "dpo_norm", "robust", "dpop", "aot", "aot_unpaired", "beta_dpo"), LN2),
-    "hinge": 1.0,
-    "discopop": 0.5 * LN2 + 0.5,
-    "exo_pair": -LN2 - 0.5 * (math.log(0.999) + math.log(0.001)),
-    "ipo": (1 / 0.6) ** 2,
-    "sppo_hard": 2 * (1 / 0.6) ** 2,
-    "cal_dpo": LN2 + (1 / 0.6) ** 2,
-    "nca_pair": 2 * LN2,
-    "bco_pair": 2 * LN2,
-    "apo_zero": 1.0,
-    "apo_down": 1.0,
-}
-"""The loss of any pair of which the policy says what the reference says."""
-
-
-@pytest.mark.parametrize("name", [name for name in NAMES if CATALOGUE[name].needs_reference])
-def test_at_the_reference_no_loss_sees_a_margin(name: str) -> None:
-    logps = random_logps()
-    logps = replace(logps, reference_chosen=logps.policy_chosen, reference_rejected=logps.policy_rejected)
-    output = output_of(name, logps)
-    assert (output.chosen_rewards == 0).all()
-    assert (output.rejected_rewards == 0).all()
-    if name == "wpo":
-        expected = LN2 * wpo_weights(logps)
-    elif name == "rpo":
-        expected = LN2 - logps.policy_chosen / logps.chosen_tokens
-    elif name == "r_dpo":
-        expected = -F.logsigmoid(0.01 * (logps.chosen_tokens - logps.rejected_tokens).double())
-    else:
-        expected = torch.full_like(output.losses, AT_THE_REFERENCE[name])
-    assert close(output.losses, expected)
+def test_at_the_reference_no_loss_sees_a_margin() -> None:
+    logps = at_the_reference(random_logps())
+    of_the_pair = {
+        "wpo": LN2 * wpo_weights(logps),
+        "rpo": LN2 - logps.policy_chosen / logps.chosen_tokens,
+        "r_dpo": -F.logsigmoid(0.01 * (logps.chosen_tokens - logps.rejected_tokens).double()),
+    }
+    for name in (name for name in NAMES if CATALOGUE[name].needs_reference):
+        output, constant = output_of(name, logps), promise(name).at_the_reference
+        assert (output.chosen_rewards == 0).all(), name
+        assert (output.rejected_rewards == 0).all(), name
+        expected = of_the_pair[name] if constant is None else torch.full_like(output.losses, constant)
+        assert close(output.losses, expected), name
 
 
 # states
