@@ -62,9 +62,8 @@ def parts_of(cache: Path) -> dict[str, int]:
 def with_other_values(cache: Path, destination: Path, change: Callable[[EncodedPair], ReferenceLogps]) -> None:
     """A cache as valid as the other, of the same pairs (no row may be skipped), with log-probs that nobody computed."""
     store = PairStore.open(cache)
-    rows_per_part = store.fingerprint.settings["rows_per_part"]
-    writer = CacheWriter(destination, store.fingerprint, store.num_rows, rows_per_part)
-    writer.check()
+    writer = CacheWriter(destination, store.fingerprint)
+    writer.prepare()
     for tile in writer.tiles:
         pairs = store.load(range(tile.start, tile.stop))
         writer.write(tile, [replace(pair, reference=change(pair)) for pair in pairs])

@@ -6,7 +6,7 @@ import numpy as np
 
 from dpocli.config.loss_expression import LossChoice
 from dpocli.evaluation.pair_table import PairTable
-from dpocli.report.token_heatmap import Showcase, ShownPair, ShownToken
+from dpocli.report.token_heatmap import ExamplePair, ExamplePairs, ExampleToken
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -143,15 +143,15 @@ def _comparison(against: str, difference: float, half: float) -> dict[str, Any]:
     }
 
 
-def made_up_tokens(text: str, seed: int = 0) -> tuple[ShownToken, ...]:
+def made_up_tokens(text: str, seed: int = 0) -> tuple[ExampleToken, ...]:
     """A token a word; the last is not scored."""
     generator = np.random.default_rng(seed)
     words = [word if not place else f" {word}" for place, word in enumerate(text.split(" "))]
     last = len(words) - 1
-    return tuple(ShownToken(word, float(generator.normal(0, 0.8)), place != last) for place, word in enumerate(words))
+    return tuple(ExampleToken(word, float(generator.normal(0, 0.8)), place != last) for place, word in enumerate(words))
 
 
-def made_up_pair(row: int = 0, **more: Any) -> ShownPair:
+def made_up_pair(row: int = 0, **more: Any) -> ExamplePair:
     """A pair of a few words."""
     values: dict[str, Any] = {
         "row": row,
@@ -168,11 +168,11 @@ def made_up_pair(row: int = 0, **more: Any) -> ShownPair:
             "Granite is a tree.\tIt is hard and heavy, and it does not grow. <|im_end|>", row + 1
         ),
     }
-    return ShownPair(**values | more)
+    return ExamplePair(**values | more)
 
 
-def made_up_showcase(**more: Any) -> Showcase:
+def made_up_examples(**more: Any) -> ExamplePairs:
     """Two bad pairs, one of them long, and a good one."""
     long = made_up_pair(7, prompt="A long story. " * 300, chosen=made_up_tokens("and so on " * 200, 3))
     good = made_up_pair(5, margin=2.5, chosen_reward=1.5, rejected_reward=-1.0)
-    return Showcase((made_up_pair(3, **more), long), (good,), has_reference=True)
+    return ExamplePairs((made_up_pair(3, **more), long), (good,), has_reference=True)

@@ -24,14 +24,14 @@ from dpocli.cache.schema import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
 from dpocli.config.commands import PrecomputeOptions, TrainOptions
 from dpocli.config.flags import COMMANDS, build_options, options_of
-from dpocli.config.gates import ALIASES
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import LossOptions
-from dpocli.config.other_tools import FOREIGN_OPTIONS
+from dpocli.config.other_tools import answers
 from dpocli.config.parsing import load_options
 from dpocli.data.formats import to_preference
 from dpocli.data.row_file import RawRow
 from dpocli.errors import ExitCode
+from dpocli.evaluation.figures import DIFFERENCES, FIGURES
 from tests.readme_tables import with_tables
 
 ROOT = Path(__file__).parents[1]
@@ -176,13 +176,15 @@ def test_the_table_of_exit_codes_is_the_enumeration():
 
 
 def test_every_name_that_gates_know_is_listed():
-    assert {*ALIASES} <= {*re.findall(r"`(\w+)`", README.partition("\n#### Gates\n")[2].partition("\n## ")[0])}
+    assert {figure.name for figure in (*FIGURES, *DIFFERENCES)} <= {
+        *re.findall(r"`(\w+)`", README.partition("\n#### Gates\n")[2].partition("\n## ")[0])
+    }
 
 
 def test_names_from_trl_are_recognised():
     for theirs, _ in table("Coming from TRL"):
         for name in re.findall(r"`([a-z]\w+)", theirs):
-            assert name in FOREIGN_OPTIONS or name in OPTIONS, name
+            assert name in answers("options") or name in OPTIONS, name
 
 
 def test_the_file_tree_is_the_package():

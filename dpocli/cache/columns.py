@@ -1,4 +1,4 @@
-"""What is known of every pair of a cache without its tokens."""
+"""The small columns of all pairs of a cache, in memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class PairColumns:
-    """What is known of every pair without its tokens: arrays of shape (pairs,), in order of source rows."""
+    """The small columns as arrays of shape (pairs,), in order of source rows."""
 
     rows: NDArray[np.int64]
     pair_ids: NDArray[np.uint8]
     """Shape (pairs, 16)."""
     sources: NDArray[np.object_]
-    """The label of each pair; equal labels of a part are one string in memory."""
+    """The label of each pair; equal labels of a part share one string."""
     weights: NDArray[np.float32]
     num_turns: NDArray[np.int16]
     prompt_tokens: NDArray[np.int32]
@@ -27,7 +27,7 @@ class PairColumns:
     prompt_hashes: NDArray[np.uint64]
     """Equal for equal prompts, the same on every machine."""
     reference_chosen: NDArray[np.float64]
-    """Nats, summed over the tokens that count; NaN where no reference scored the pairs."""
+    """Nats, summed over the tokens that count; NaN without a reference."""
     reference_rejected: NDArray[np.float64]
 
     @classmethod
@@ -50,18 +50,13 @@ class PairColumns:
         )
 
     @classmethod
-    def init_processes(cls, parts: Iterable[tuple["PairColumns", int]]) -> "PairColumns":
-        """All parts, which are let go one by one, so that each pair is in memory once.
-
-        Args:
-            parts: at least one, each with a number that all pairs together do not exceed.
-        """
-        names = [field.name for field in fields(cls)]
+    def concatenate(cls, parts: Iterable["PairColumns"], at_most: int) -> "PairColumns":
+        """The columns of all parts, at least one, with at most that many pairs. Each part is freed once it is copied."""
         arrays: dict[str, NDArray[Any]] = {}
         count = 0
-        for part, at_most in parts:
+        for part in parts:
             stop = count + len(part.rows)
-            for name in names:
+            for name in (field.name for field in fields(cls)):
                 values = getattr(part, name)
                 if name not in arrays:
                     arrays[name] = np.empty((at_most, *values.shape[1:]), values.dtype)
@@ -69,8 +64,8 @@ class PairColumns:
             count = stop
         return cls(**{name: array[:count] for name, array in arrays.items()})
 
-    def of_pair(self, position: int) -> dict[str, Any]:
-        """The fields of an `EncodedPair` that stand here."""
+    def fields_of(self, position: int) -> dict[str, Any]:
+        """The fields of an `EncodedPair` that are stored here."""
         return {
             "row": int(self.rows[position]),
             "pair_id": self.pair_ids[position].tobytes().hex(),
@@ -81,8 +76,8 @@ class PairColumns:
             "prompt_hash": int(self.prompt_hashes[position]),
         }
 
-    def agree(self, start: int, other: "PairColumns") -> bool:
-        """Whether `other` holds what stands here from `start` on."""
+    def matches(self, other: "PairColumns", start: int) -> bool:
+        """Whether `other` equals the rows of these columns that begin at `start`."""
         stop = start + len(other.rows)
         arrays = ((getattr(self, field.name)[start:stop], getattr(other, field.name)) for field in fields(self))
         return all(

@@ -1,4 +1,4 @@
-"""What a finished cache says about the data, before anyone trains on it: each finding with the rows concerned."""
+"""What a complete cache shows about the data: duplicates, contradictions, truncation and extreme reference margins."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -11,10 +11,10 @@ from dpocli.cache.columns import PairColumns
 from dpocli.cache.reader import PairStore
 
 MAX_ROWS = 20
-"""Source rows that a finding lists; all are counted."""
+"""Source rows that a finding lists; all pairs are counted."""
 
 FAR = 8.0
-"""Robust standard deviations from the median, beyond which a reference margin is extreme."""
+"""A reference margin is extreme beyond so many robust standard deviations from the median."""
 
 PAIRS_AT_ONCE = 4096
 
@@ -23,7 +23,7 @@ _ODD = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F), np.uint64(
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something worth a look."""
+    """Pairs that deserve a look."""
 
     name: str
     count: int
@@ -35,78 +35,69 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Triage:
-    """What the reference and the lengths say about the pairs."""
+class DataReport:
+    """What the reference and the lengths show about the pairs; the entry `triage` of `summary.json`."""
 
     pairs: int
     reference_accuracy: float
-    """Share of pairs whose chosen side the reference finds more likely, as a sum over its tokens."""
+    """Share of pairs whose chosen side has the higher reference log-prob, summed over its tokens."""
     pick_the_longer_accuracy: float
     """Share of pairs whose chosen side is the longer one; ties count half."""
     median_length_difference: float
     """Tokens of chosen - rejected."""
     findings: tuple[Finding, ...]
 
+    @classmethod
+    def of(cls, store: PairStore) -> "DataReport":
+        """The report on a complete, scored cache. Reads the tokens only of pairs that may contradict another."""
+        columns = store.columns
+        margin = columns.reference_chosen - columns.reference_rejected
+        length = columns.chosen_tokens.astype(np.int64) - columns.rejected_tokens
+        return cls(
+            pairs=len(columns.rows),
+            reference_accuracy=float(np.mean(margin > 0)),
+            pick_the_longer_accuracy=float(np.mean((length > 0) + 0.5 * (length == 0))),
+            median_length_difference=float(np.median(length)),
+            findings=tuple(finding for finding in _findings(store, margin) if finding.count),
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def triage(store: PairStore) -> Triage:
-    """Looks through a complete, scored cache. Reads the tokens of those pairs only that may contradict another."""
-    columns = store.columns
-    margin = columns.reference_chosen - columns.reference_rejected
-    chosen, rejected = columns.chosen_tokens.astype(np.int64), columns.rejected_tokens.astype(np.int64)
-    length = chosen - rejected
-    return Triage(
-        pairs=len(columns.rows),
-        reference_accuracy=float(np.mean(margin > 0)),
-        pick_the_longer_accuracy=float(np.mean((length > 0) + 0.5 * (length == 0))),
-        median_length_difference=float(np.median(length)),
-        findings=tuple(finding for finding in _findings(store, margin) if finding.count),
-    )
-
-
 def _findings(store: PairStore, margin: NDArray[np.float64]) -> Iterator[Finding]:
     columns = store.columns
-    duplicates = _repeated(columns)
-    yield _finding(
-        columns,
+
+    def finding(name: str, members: NDArray[np.int64], meaning: str) -> Finding:
+        return Finding(name, len(members), tuple(columns.rows[members[:MAX_ROWS]].tolist()), meaning)
+
+    yield finding(
         "duplicates",
-        duplicates,
+        _repeated(columns),
         "the same prompt and sides as an earlier row; it counts that often in training",
     )
-    yield _finding(
-        columns,
+    yield finding(
         "contradictions",
         _contradictory(store),
         "another row prefers the other of the same two answers; the two cancel",
     )
-    yield _finding(
-        columns,
-        "truncated",
-        np.flatnonzero(columns.truncated),
-        "cut to --max-length; the preference may hang on the rest",
+    yield finding(
+        "truncated", np.flatnonzero(columns.truncated), "cut to --max-length; the preference may depend on the rest"
     )
-    center = np.median(margin)
-    spread = 1.4826 * np.median(np.abs(margin - center))
+    distance = np.abs(margin - np.median(margin))
+    spread = 1.4826 * np.median(distance)
     if spread > 0:
-        distance = np.abs(margin - center) / spread
+        distance /= spread
         extreme = np.flatnonzero(distance > FAR)
-        yield _finding(
-            columns,
+        yield finding(
             "extreme reference margins",
             extreme[np.argsort(-distance[extreme], kind="stable")],
             f"more than {FAR:g} robust standard deviations from the median: broken text, another language, or a mistake",
         )
 
 
-def _finding(columns: PairColumns, name: str, members: NDArray[np.int64], meaning: str) -> Finding:
-    rows = tuple(int(row) for row in columns.rows[members[:MAX_ROWS]])
-    return Finding(name, len(members), rows, meaning)
-
-
 def _repeated(columns: PairColumns) -> NDArray[np.int64]:
-    """Positions of pairs that are the same as one before."""
+    """Positions of pairs that equal an earlier one."""
     keys = np.ascontiguousarray(columns.pair_ids).view("V16").ravel()
     _, first = np.unique(keys, return_index=True)
     is_first = np.zeros(len(keys), dtype=np.bool_)
@@ -115,8 +106,8 @@ def _repeated(columns: PairColumns) -> NDArray[np.int64]:
 
 
 def _contradictory(store: PairStore) -> NDArray[np.int64]:
-    """Positions of pairs whose sides stand the other way round in another pair of the same prompt."""
-    candidates = _perhaps_contradictory(store.columns)
+    """Positions of pairs whose sides are swapped in another pair of the same prompt."""
+    candidates = _may_contradict(store.columns)
     seen: dict[tuple[int, ...], list[int]] = {}
     for start in range(0, len(candidates), PAIRS_AT_ONCE):
         positions = candidates[start : start + PAIRS_AT_ONCE]
@@ -131,11 +122,11 @@ def _contradictory(store: PairStore) -> NDArray[np.int64]:
     return np.array(sorted(opposed), dtype=np.int64)
 
 
-def _perhaps_contradictory(columns: PairColumns) -> NDArray[np.int64]:
-    """Positions of pairs with a partner of the same prompt whose sides have as many tokens, the other way round."""
+def _may_contradict(columns: PairColumns) -> NDArray[np.int64]:
+    """Positions of pairs with a partner of the same prompt whose sides have the same numbers of tokens, swapped."""
 
     def keys(first: NDArray[np.int32], second: NDArray[np.int32]) -> NDArray[np.uint64]:
-        """Products that wrap: two kinds of pairs may share a key by chance, which costs a look at their tokens."""
+        """A hash of prompt and lengths; a collision only costs reading the tokens."""
         mixed = columns.prompt_hashes.copy()
         for counts, factor in zip((columns.prompt_tokens, first, second), _ODD, strict=True):
             mixed += counts.astype(np.uint64) * factor

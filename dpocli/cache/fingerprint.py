@@ -1,7 +1,7 @@
-"""What decides the values in a reference cache, recorded by content so that copies and re-saved files agree.
+"""The fingerprint of a reference cache: what decides its values, by content, so that copies and re-saved files agree.
 
-Three groups of fields: those that must match to continue a cache, the tokenizer (which must match, by meaning, for
-train and evaluate too), and information.
+Reference, dtype, tokenizer, data and settings must match to continue a cache. Train and evaluate compare the tokenizer
+too. Information (versions, device) is never compared.
 """
 
 import json
@@ -31,10 +31,10 @@ SETTINGS = (
     "scored_turns",
     "template_date",
 )
-"""Options that can change a value, so they are in the fingerprint. The others either cannot (`on_bad_row` and
-`max_skipped` decide whether a run stops, never what a row becomes) or stand there by content (`data`, `model`).
+"""Options in the fingerprint: those that can change a value. The others either cannot (`on_bad_row` and `max_skipped`
+decide whether a run stops) or are recorded by content (`data`, `model`).
 
-An option added later must be left out of the fingerprint while it has the value that older caches were made with.
+An option added later must be left out while it has the value that older caches were made with.
 """
 
 _NO_REFERENCE: dict[str, Any] = {name.name: None for name in fields(ModelIdentity)} | {"code": {}}
@@ -42,7 +42,7 @@ _NO_REFERENCE: dict[str, Any] = {name.name: None for name in fields(ModelIdentit
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the values of a cache depend on. `reference` and `dtype` are None where no reference scored it."""
+    """What the values of a cache depend on. `reference` and `dtype` are None for an unscored store."""
 
     tokenizer: TokenizerIdentity
     content: tuple[ContentPart, ...]
@@ -50,21 +50,30 @@ class Fingerprint:
     reference: ModelIdentity | None = None
     dtype: str | None = None
     information: Mapping[str, Any] = field(default_factory=dict)
-    """Never compared: attention implementation, versions, device, …"""
+    """Attention implementation, versions, device, …; never compared."""
 
     @property
     def is_scored(self) -> bool:
         return self.reference is not None
 
+    @property
+    def total_rows(self) -> int:
+        """Source rows of the cache."""
+        return int(self.settings["total_rows"])
+
+    @property
+    def rows_per_part(self) -> int:
+        return int(self.settings["rows_per_part"])
+
     @cached_property
     def digest(self) -> str:
-        """Equal for fingerprints that match to continue."""
+        """Equal where all that must match to continue a cache does."""
         parts = [(part.sha256, part.num_rows) for part in self.content]
         return digest_json(_by_value([self._reference(), self.dtype, asdict(self.tokenizer), parts, self.settings]))
 
     @cached_property
     def reference_digest(self) -> str:
-        """Names the reference: weights, config, adapter, quantization."""
+        """Identifies the reference: weights, config, code, adapter, quantization."""
         return digest_json(_by_value(self._reference()))
 
     def _reference(self) -> dict[str, Any]:
@@ -82,7 +91,7 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Fingerprint":
-        """What `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for other values."""
         reference = value["reference"]
         return cls(
             reference=None if reference["weights"] is None else ModelIdentity(**reference),
@@ -106,18 +115,18 @@ def build_fingerprint(
     information: Mapping[str, Any] | None = None,
     hash_memory: HashMemory | None = None,
 ) -> Fingerprint:
-    """The fingerprint of a cache to be made.
+    """The fingerprint of a new cache.
 
     Args:
         options: how rows become tokens.
-        tokenizer: which makes the tokens.
+        tokenizer: makes the tokens.
         content: the data files, in order.
-        total_rows: rows used of them all.
+        total_rows: rows of all files, `--limit` applied.
         rows_per_part: rows in each tile.
         model: the reference; None for pairs that no reference scores.
         dtype: of the reference's forward pass ("bfloat16").
-        information: anything worth knowing that decides no value.
-        hash_memory: of hashes of weights.
+        information: recorded, never compared.
+        hash_memory: remembers hashes of weights.
 
     Raises:
         UsageError: the model directory has no weights or no configuration.
@@ -134,7 +143,7 @@ def build_fingerprint(
 
 
 def compare(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
-    """What differs of all that must match to continue a cache, field by field, in words; empty where nothing does."""
+    """Differences that forbid to continue a cache, one sentence each; empty if they match."""
     if stored.digest == wanted.digest:
         return []
     return [
@@ -148,7 +157,7 @@ def compare(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
 
 
 def compare_references(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
-    """What differs of the reference model: weights, config, code, adapter, quantization."""
+    """Differences of the reference model: weights, config, code, adapter, quantization."""
     before, after = stored.reference, wanted.reference
     if before is None or after is None:
         return [] if before is after else [f"reference: {_model_or_none(before)} -> {_model_or_none(after)}"]
@@ -162,13 +171,13 @@ def compare_references(stored: Fingerprint, wanted: Fingerprint) -> list[str]:
 
 
 def config_differences(fingerprint: Fingerprint, model: ModelIdentity) -> list[str]:
-    """What of the reference's config.json is other in a model, in words."""
+    """Differences between the config.json of the reference and of a model."""
     assert fingerprint.reference
     return changes("config.json", fingerprint.reference.config, model.config)
 
 
 def information_differences(fingerprint: Fingerprint, now: Mapping[str, Any]) -> list[str]:
-    """What of the information (versions, device) is other now than when a cache was made, in words."""
+    """Differences between the recorded information (versions, device) and the present one."""
     return changes("", fingerprint.information, now)
 
 
@@ -177,7 +186,7 @@ def _model_or_none(reference: ModelIdentity | None) -> str:
 
 
 def _by_value(value: Any) -> Any:
-    """What `changes` calls equal, in one spelling: an entry that is null is none, and 0, 0.0 and false are one number."""
+    """One form for values that `changes` calls equal: null entries are removed; 0.0 and false become 0."""
     if isinstance(value, Mapping):
         return {key: _by_value(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list | tuple):

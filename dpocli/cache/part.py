@@ -1,10 +1,13 @@
-"""One part of a cache on disk: reading it with every byte verified, and the seal that makes that possible."""
+"""One part of a cache on disk: writing it with a seal, and reading it with every byte verified.
+
+The seal (key `dpocli_seal`) holds a digest of the footer and one of each row group, so that no byte is unprotected.
+"""
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,17 +17,22 @@ from typing import BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpocli.cache.kept_columns import KeptType
 from dpocli.cache.schema import (
     FOOTER_KEY,
     FORMAT_VERSION,
+    ROWS_PER_GROUP,
     SEAL_KEY,
     SMALL_COLUMNS,
     TOKEN_COLUMNS,
     DamagedPartError,
     NewerFormatError,
     PartFooter,
+    cache_schema,
     kept_columns,
 )
+from dpocli.cache.table import to_table
+from dpocli.data.preference import EncodedPair
 from dpocli.run.files import translated_file_error
 
 _SEAL_MARK = b"sha256/128 of the footer, of each row group:"
@@ -36,41 +44,41 @@ _PARQUET_MAGIC = b"PAR1"
 
 @dataclass(frozen=True)
 class OpenPart:
-    """A part whose footer is as it was written. Not for use by several threads at once."""
+    """A part whose footer is verified. For one thread at a time."""
 
     path: Path
     footer: PartFooter
     digest: bytes
-    """Of the footer, in which those of the row groups stand: other content, another digest."""
+    """Of the footer, which contains the digests of the row groups, so that it identifies the content."""
     parquet: pq.ParquetFile
     _source: pa.NativeFile
     _group_digests: tuple[bytes, ...]
     _bounds: tuple[int, ...]
-    """Of the row groups in the file, in bytes: see `_group_bounds`."""
+    """Byte positions of the row groups, see `_group_bounds`."""
 
     @cached_property
     def token_columns(self) -> list[str]:
-        """Those that are read whenever tokens are asked for, kept ones among them."""
-        return [*TOKEN_COLUMNS.names, *kept_columns(self.parquet.schema_arrow)]
+        """The columns to read for tokens, kept ones included."""
+        return [*TOKEN_COLUMNS.names, *(field.name for field in kept_columns(self.parquet.schema_arrow))]
 
     def read_small_columns(self) -> pa.Table:
-        """The columns of SMALL_COLUMNS, guarded by the checksums of their pages."""
-        with _damage_in_words(self.path):
-            # One read a row group instead of one a column: far away disks answer slowly.
+        """The columns of SMALL_COLUMNS, verified by the checksums of their pages."""
+        with _reporting_damage(self.path):
+            # One read per row group instead of one per column, since network disks have a high latency.
             together = pq.ParquetFile(
                 self._source, metadata=self.parquet.metadata, page_checksum_verification=True, pre_buffer=True
             )
             return together.read(columns=SMALL_COLUMNS.names, use_threads=False)
 
     def read_group(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """All or some columns of a row group, guarded by its digest (page checksums leave the page headers open)."""
-        with _damage_in_words(self.path):
+        """All or some columns of a row group, verified by its digest (page checksums do not cover page headers)."""
+        with _reporting_damage(self.path):
             self._check_group(group)
             return self.parquet.read_row_group(group, columns=columns, use_threads=False)
 
     def check(self) -> None:
-        """Raises DamagedPartError unless every byte is as it was written."""
-        with _damage_in_words(self.path):
+        """Raise DamagedPartError if any byte of a row group has changed."""
+        with _reporting_damage(self.path):
             for group in range(len(self._group_digests)):
                 self._check_group(group)
 
@@ -81,14 +89,14 @@ class OpenPart:
 
 
 def open_part(path: Path) -> OpenPart:
-    """A part with its footer read and verified.
+    """Open a part and verify its footer.
 
     Raises:
-        FileNotFoundError: there is none.
-        DamagedPartError: it is not as it was written.
+        FileNotFoundError: it does not exist.
+        DamagedPartError: its footer has changed.
         NewerFormatError: a later version of dpocli wrote it.
     """
-    with _damage_in_words(path):
+    with _reporting_damage(path):
         source = pa.OSFile(str(path))
         footer, footer_start = _read_parquet_footer(source, path)
         digest = _check_footer(footer, path)
@@ -101,16 +109,37 @@ def open_part(path: Path) -> OpenPart:
         return OpenPart(path, PartFooter.from_json(text), digest, parquet, source, digests, bounds)
 
 
-def blank_seal(num_groups: int) -> bytes:
-    """What stands under SEAL_KEY until `seal` fills it in."""
+def write_part(
+    file: BinaryIO, pairs: Sequence[EncodedPair], kept: Mapping[str, KeptType], footer: PartFooter | None
+) -> None:
+    """Write the pairs as a sealed part; without a footer, only their row groups."""
+    groups = [pairs[start : start + ROWS_PER_GROUP] for start in range(0, len(pairs), ROWS_PER_GROUP)]
+    with pq.ParquetWriter(
+        file,
+        cache_schema(kept),
+        compression="zstd",
+        use_dictionary=["source", *kept],
+        write_statistics=["row", "source"],
+        write_page_checksum=True,
+    ) as parquet:
+        for group in groups:
+            parquet.write_table(to_table(group, kept))
+        if footer:
+            parquet.add_key_value_metadata({FOOTER_KEY: footer.to_json(), SEAL_KEY: _blank_seal(len(groups))})
+    if footer:
+        _seal(file)
+
+
+def _blank_seal(num_groups: int) -> bytes:
+    """The value of SEAL_KEY until `seal` fills in the digests."""
     return _SEAL_MARK + _BLANK_DIGEST * (1 + max(num_groups, 1))
 
 
-def seal(file: BinaryIO) -> None:
-    """Fill in the digests of a Parquet file that is written but for them.
+def _seal(file: BinaryIO) -> None:
+    """Fill in the digests of a Parquet file that is otherwise complete.
 
-    The digest of the footer is taken with its own place blank. This rule holds in all formats to come, so that an
-    older dpocli can tell a newer part from a damaged one.
+    The digest of the footer is computed with its own place blank. All later formats must keep this rule, so that an
+    older dpocli can distinguish a newer part from a damaged one.
     """
     file.flush()
     source = pa.PythonFile(file, mode="r")
@@ -126,20 +155,20 @@ def seal(file: BinaryIO) -> None:
 
 
 def _read_parquet_footer(source: pa.NativeFile, path: Path) -> tuple[bytes, int]:
-    """The footer of a Parquet file, and where it begins."""
+    """The footer of a Parquet file, and its position."""
     size = source.size()
     tail = source.read_at(min(size, 8), max(size - 8, 0))
     start = size - 8 - int.from_bytes(tail[:4], "little")
     if tail[4:] != _PARQUET_MAGIC or start < len(_PARQUET_MAGIC):
-        raise DamagedPartError(path, "it does not end as a Parquet file does")
+        raise DamagedPartError(path, "its end is not that of a Parquet file")
     return source.read_at(size - 8 - start, start), start
 
 
 def _check_footer(footer: bytes, path: Path) -> bytes:
-    """The digest that stands in it, which is right."""
+    """Verify the footer, and return its digest."""
     place = footer.rfind(_SEAL_MARK) + len(_SEAL_MARK)
     if place < len(_SEAL_MARK):
-        raise DamagedPartError(path, "it carries no digests, so something else than dpocli wrote it")
+        raise DamagedPartError(path, "it carries no digests, so it was not written by dpocli")
     after = place + len(_BLANK_DIGEST)
     if _digest(footer[:place] + _BLANK_DIGEST + footer[after:]) != footer[place:after]:
         raise DamagedPartError(path, "its footer has changed")
@@ -147,7 +176,7 @@ def _check_footer(footer: bytes, path: Path) -> bytes:
 
 
 def _group_bounds(metadata: pq.FileMetaData, footer_start: int) -> tuple[int, ...]:
-    """Where each row group ends and the next begins; the first from byte 0, so that nothing is left out."""
+    """Where each row group ends and the next begins. The first begins at byte 0, so that all bytes are covered."""
     columns = [metadata.row_group(group).column(0) for group in range(1, metadata.num_row_groups)]
     return (0, *(column.dictionary_page_offset or column.data_page_offset for column in columns), footer_start)
 
@@ -157,7 +186,7 @@ def _digest(content: bytes) -> bytes:
 
 
 @contextmanager
-def _damage_in_words(path: Path) -> Iterator[None]:
+def _reporting_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, MemoryError):

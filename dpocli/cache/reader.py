@@ -1,9 +1,8 @@
-"""Reading a reference cache: what all pairs look like at start, the tokens of some whenever they are asked for."""
+"""Reading a reference cache: the small columns of all pairs when it is opened, the tokens of some when asked for."""
 
 import os
-import threading
-from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,10 +15,10 @@ from numpy.typing import NDArray
 
 from dpocli.cache.columns import PairColumns
 from dpocli.cache.fingerprint import compare, compare_references
-from dpocli.cache.part import OpenPart, open_part
-from dpocli.cache.row_group import RowGroup
-from dpocli.cache.schema import ROWS_PER_GROUP, DamagedPartError, PartFooter, SkippedRow, Tile, tiles
-from dpocli.data.preference import EncodedPair
+from dpocli.cache.part import open_part
+from dpocli.cache.row_groups import RERUN, RowGroups, open_known
+from dpocli.cache.schema import DamagedPartError, PartFooter, Tile, tiles
+from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.errors import CacheError
 from dpocli.model.tokenizer_identity import compare_tokenizer
 from dpocli.run.files import translating_file_errors
@@ -30,51 +29,38 @@ if TYPE_CHECKING:
 
 DEFAULT_MEMORY_BYTES = 256 << 20
 
-MAX_OPEN_PARTS = 64
-
 MAX_THREADS = 4
-"""That read parts at start."""
-
-_SAME_LINE = "Run the line that made it again: it writes what is missing or damaged and keeps the rest."
+"""Threads that read parts when a cache is opened."""
 
 
 class PairStore:
-    """The pairs of a complete cache (or of a store of unscored pairs), in order of source rows.
+    """The pairs of a complete cache (scored or not), in order of source rows. Made by `PairStore.open`.
 
-    Small columns are in memory; tokens are read by row group when asked for, and the last ones kept. `load` may be
-    called from several threads. `PairStore.open` makes one.
+    `load` may be called from several threads.
     """
 
-    def __init__(self, directory: Path, parts: Iterable["_PartAtStart"], memory_bytes: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        columns: PairColumns,
+        footers: Sequence[PartFooter],
+        digests: Sequence[bytes],
+        memory_bytes: int,
+    ) -> None:
         self.directory = directory
-        self._digests: list[bytes] = []
-        footers: list[PartFooter] = []
-
-        def columns() -> Iterator[tuple[PairColumns, int]]:
-            for part in parts:
-                footers.append(part.footer)
-                self._digests.append(part.digest)
-                yield part.columns, part.footer.total_rows
-
-        self.columns = PairColumns.init_processes(columns())
+        self.columns = columns
         self.fingerprint = footers[0].fingerprint
         self.num_rows = footers[0].total_rows
-        """Source rows, those that gave no pair included."""
+        """Source rows, including those that gave no pair."""
         self.skipped: Counter[str] = sum((Counter(footer.skipped) for footer in footers), Counter())
         """Number of skipped rows by reason."""
-        self.skipped_rows: tuple[SkippedRow, ...] = tuple(row for footer in footers for row in footer.skipped_rows)
-        """Some of them: the first of each part."""
+        self.skipped_rows: tuple[Skipped, ...] = tuple(row for footer in footers for row in footer.skipped_rows)
+        """The first skipped rows of each part."""
         self.counts: Counter[str] = sum((Counter(footer.counts) for footer in footers), Counter())
         """Sums over the pairs, as in `PartFooter`."""
-        self._paths = [directory / footer.tile.file_name for footer in footers]
-        self._part_starts = np.cumsum([0, *(footer.num_pairs for footer in footers)])
-        self._agreeing: list[set[int]] = [set() for _ in footers]
-        """Of each part, the row groups whose small columns, read under their digest, are those that were read at start."""
-        self._parts: OrderedDict[int, OpenPart] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
-        self._memory_bytes = memory_bytes
-        self._used_bytes = 0
-        self._lock = threading.Lock()
+        paths = [directory / footer.tile.file_name for footer in footers]
+        sizes = [footer.num_pairs for footer in footers]
+        self._row_groups = RowGroups(paths, digests, sizes, columns, memory_bytes)
 
     @classmethod
     def open(
@@ -85,19 +71,31 @@ class PairStore:
         complete: bool = True,
         first: str | None = None,
     ) -> "PairStore":
-        """The pairs of a cache that is whole.
+        """Open a cache.
 
         Args:
             directory: of the cache.
             memory_bytes: bound of the memory for tokens kept from earlier reads.
-            complete: whether parts may not be missing.
-            first: name of the first part, where it is known to be there: the directory is not listed then, which on some
-                file systems lags.
+            complete: whether all parts must exist.
+            first: name of the first part, if it is known to exist. Then the directory is not listed, which on some file
+                systems lags.
 
         Raises:
             CacheError: it is missing, something else, incomplete, damaged, mixed, or of a newer format.
         """
-        return cls(directory, _parts_at_start(directory, complete, first), memory_bytes)
+        names = [first] if first else _part_names(directory)
+        first_footer = open_known(directory / names[0]).footer
+        footers: list[PartFooter] = []
+        digests: list[bytes] = []
+
+        def columns() -> Iterator[PairColumns]:
+            for part in _read_parts(directory, names, first_footer, complete):
+                footers.append(part.footer)
+                digests.append(part.digest)
+                yield part.columns
+
+        joined = PairColumns.concatenate(columns(), at_most=first_footer.total_rows)
+        return cls(directory, joined, footers, digests, memory_bytes)
 
     def __len__(self) -> int:
         return len(self.columns.rows)
@@ -108,7 +106,7 @@ class PairStore:
 
     @property
     def weights(self) -> NDArray[np.float32]:
-        """Of each pair in the loss, shape (pairs,)."""
+        """Weight of each pair in the loss, shape (pairs,)."""
         return self.columns.weights
 
     @cached_property
@@ -126,16 +124,15 @@ class PairStore:
         wanted = np.asarray(indices, dtype=np.int64)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"positions {wanted.min()} to {wanted.max()} in a store of {len(self)} pairs")
-        pairs: dict[int, EncodedPair] = {}
-        for index in np.unique(wanted).tolist():  # in order, so that each row group is read once
-            pairs[index] = self._load_one(index)
-        return [pairs[index] for index in wanted.tolist()]
+        # in order of positions, so that each row group is read once
+        pairs = {position: self._row_groups.pair(position) for position in np.unique(wanted).tolist()}
+        return [pairs[position] for position in wanted.tolist()]
 
     def check_tokenizer(self, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-        """Make sure that a policy's tokenizer means the same by the same ids; further ids are fine.
+        """Check that a policy's tokenizer gives the cached ids the same meaning; additional ids are allowed.
 
         Returns:
-            What differs without forbidding the use: chat template, BOS, EOS, what is added to a text.
+            Differences that do not forbid the use: chat template, BOS, EOS, what is added to a text.
 
         Raises:
             CacheError: the tokenizers differ.
@@ -149,10 +146,10 @@ class PairStore:
         return notes
 
     def check_same_reference(self, other: "PairStore") -> None:
-        """Make sure that another cache (--eval-reference) was made by this cache's reference.
+        """Check that another cache (--eval-reference) was made with this cache's reference.
 
         Raises:
-            CacheError: it was made by another.
+            CacheError: it was made with another.
         """
         if self.fingerprint.reference_digest != other.fingerprint.reference_digest:
             differences = compare_references(self.fingerprint, other.fingerprint)
@@ -161,49 +158,9 @@ class PairStore:
                 f"{'; '.join(differences)}. Make both with one --model."
             )
 
-    def _load_one(self, index: int) -> EncodedPair:
-        part = int(np.searchsorted(self._part_starts, index, side="right")) - 1
-        group, offset = divmod(index - int(self._part_starts[part]), ROWS_PER_GROUP)
-        return self._group(part, group).pair(offset)
-
-    def _group(self, part: int, group: int) -> RowGroup:
-        with self._lock:
-            key = (part, group)
-            if key not in self._groups:
-                self._groups[key] = self._read_group(part, group)
-                self._used_bytes += self._groups[key].num_bytes
-                while len(self._groups) > 1 and self._used_bytes > self._memory_bytes:
-                    _, dropped = self._groups.popitem(last=False)
-                    self._used_bytes -= dropped.num_bytes
-            self._groups.move_to_end(key)
-            return self._groups[key]
-
-    def _read_group(self, part: int, group: int) -> RowGroup:
-        opened = self._part(part)
-        start = int(self._part_starts[part]) + group * ROWS_PER_GROUP
-        if group in self._agreeing[part]:
-            table = opened.read_group(group, opened.token_columns)
-        else:
-            table = opened.read_group(group)
-            if not self.columns.agree(start, PairColumns.of(table)):
-                raise DamagedPartError(opened.path, f"row group {group} is not what it was when the cache was opened")
-            self._agreeing[part].add(group)
-        return RowGroup(table, self.columns, start, opened.path)
-
-    def _part(self, part: int) -> OpenPart:
-        if part not in self._parts:
-            opened = self._parts[part] = _open_known(self._paths[part])
-            if opened.digest != self._digests[part]:
-                self._digests[part] = opened.digest
-                self._agreeing[part].clear()
-            if len(self._parts) > MAX_OPEN_PARTS:
-                self._parts.popitem(last=False)
-        self._parts.move_to_end(part)
-        return self._parts[part]
-
 
 @dataclass(frozen=True, slots=True)
-class _PartAtStart:
+class _PartStart:
     """What is read of a part when a store is opened."""
 
     path: Path
@@ -212,7 +169,7 @@ class _PartAtStart:
     columns: PairColumns
 
     @classmethod
-    def read(cls, path: Path) -> "_PartAtStart | None":
+    def read(cls, path: Path) -> "_PartStart | None":
         """None where there is no such part."""
         try:
             part = open_part(path)
@@ -226,15 +183,20 @@ class _PartAtStart:
         return cls(path, part.footer, part.digest, columns)
 
 
-def _parts_at_start(directory: Path, complete: bool, first_name: str | None) -> Iterator[_PartAtStart]:
-    """All parts of a cache, in order."""
-    names = [first_name] if first_name else _part_names(directory)
-    first = _open_known(directory / names[0]).footer
-    expected = tiles(first.total_rows, first.fingerprint.settings["rows_per_part"])
+def _read_parts(directory: Path, names: Sequence[str], first: PartFooter, complete: bool) -> Iterator[_PartStart]:
+    """All parts of a cache, in order.
+
+    Args:
+        directory: of the cache.
+        names: of the parts that were found.
+        first: footer of the first of them, which the others must match.
+        complete: whether all parts must exist.
+    """
+    expected = tiles(first.total_rows, first.fingerprint.rows_per_part)
     missing = []
     with ThreadPoolExecutor(max_workers=MAX_THREADS) as pool:
         try:
-            found = pool.map(_PartAtStart.read, (directory / tile.file_name for tile in expected))
+            found = pool.map(_PartStart.read, (directory / tile.file_name for tile in expected))
             for tile, part in zip(expected, found, strict=True):
                 if part is None:
                     missing.append(tile.file_name)
@@ -246,28 +208,22 @@ def _parts_at_start(directory: Path, complete: bool, first_name: str | None) -> 
     if missing and complete:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CacheError(
-            f"The reference cache {directory} is incomplete: {len(missing)} of {len(expected)} parts are missing ({shown}). {_SAME_LINE}"
+            f"The reference cache {directory} is incomplete: {len(missing)} of {len(expected)} parts are missing ({shown}). {RERUN}"
         )
     if foreign := sorted(set(names) - {tile.file_name for tile in expected}):
         raise CacheError(
-            f"The reference cache {directory} holds {foreign[0]}, which is no part of it. Remove that file if it was put "
-            "there by mistake, else delete the cache and make it anew."
+            f"The reference cache {directory} holds {foreign[0]}, which is not a part of it. Remove that file if it was put "
+            "there by mistake, else delete the cache and rebuild it."
         )
 
 
-def _open_known(path: Path) -> OpenPart:
-    try:
-        return open_part(path)
-    except FileNotFoundError:
-        raise CacheError(f"The part {path} was there and is gone. {_SAME_LINE}") from None
-
-
-def _check_membership(part: _PartAtStart, tile: Tile, first_name: str, first: PartFooter) -> None:
+def _check_membership(part: _PartStart, tile: Tile, first_name: str, first: PartFooter) -> None:
     if part.footer.fingerprint.digest != first.fingerprint.digest:
         differences = "; ".join(compare(first.fingerprint, part.footer.fingerprint))
         raise CacheError(
-            f"The parts {first_name} and {part.path.name} of the reference cache {part.path.parent} were made with different "
-            f"settings: {differences}. Remove the one that does not belong there and run the line that made the cache again."
+            f"The parts {first_name} and {part.path.name} of the reference cache {part.path.parent} were made with "
+            f"different settings: {differences}. Remove the one that does not belong there and run the command that made the "
+            "cache again."
         )
     if part.footer.tile != tile or part.footer.total_rows != first.total_rows:
         raise DamagedPartError(part.path, f"it holds the rows {part.footer.tile.start} to {part.footer.tile.stop}")
@@ -287,8 +243,8 @@ def _part_names(directory: Path) -> list[str]:
         names = sorted(name for name in os.listdir(directory) if fnmatch(name, PART_PATTERN))
     if names:
         return names
-    what = describe_directory(directory)
+    found = describe_directory(directory) or "a directory without any part of one"
     raise CacheError(
-        f"{directory} is {what or 'a directory without any part of one'}, not a reference cache. --reference takes the "
-        "directory that precompute wrote: dpocli precompute --model REFERENCE --data prefs.jsonl --out CACHE"
+        f"{directory} is {found}, not a reference cache. --reference takes the directory that precompute wrote: dpocli "
+        "precompute --model REFERENCE --data prefs.jsonl --out CACHE"
     )

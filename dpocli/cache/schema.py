@@ -1,19 +1,21 @@
-"""How a reference cache lies on disk: tiles and their names, columns, the footer, and the seal over all of it.
+"""The on-disk format of a reference cache, version 1: parts and their names, columns, and the footer.
 
-Format 1. A part is a Parquet file that any reader of Parquet opens; what `dpocli` adds stands in its key-value
-metadata: the footer (key `dpocli`) and the seal (key `dpocli_seal`), digests that leave no byte unguarded.
+A cache is a directory of parts `rows-START-STOP.parquet`, one for each tile of source rows, written in row groups of 64
+pairs. A part is a Parquet file that any reader of Parquet opens. Its key-value metadata holds the footer (key `dpocli`,
+JSON of `PartFooter`) and the seal (key `dpocli_seal`), digests that cover every byte (see `part`).
 """
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import pyarrow as pa
 
 from dpocli.cache.fingerprint import Fingerprint
+from dpocli.cache.kept_columns import KeptType, kept_field
+from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.errors import CacheError, UsageError
 
 FORMAT_VERSION = 1
@@ -29,48 +31,43 @@ _IDS, _MASK, _LOGPS = pa.list_(pa.int32()), pa.list_(pa.bool_()), pa.list_(pa.fl
 
 SMALL_COLUMNS = pa.schema(
     [
-        pa.field("row", pa.int64(), nullable=False),
-        pa.field("pair_id", pa.string(), nullable=False),
-        pa.field("source", pa.string(), nullable=False),
-        pa.field("weight", pa.float32(), nullable=False),
-        pa.field("num_turns", pa.int16(), nullable=False),
-        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("row", pa.int64(), nullable=False),  # index in the whole data set, from 0
+        pa.field("pair_id", pa.string(), nullable=False),  # 128-bit hash of tokens and masks, 32 hexadecimal digits
+        pa.field("source", pa.string(), nullable=False),  # label of the row; "" without one
+        pa.field("weight", pa.float32(), nullable=False),  # of the pair in the loss
+        pa.field("num_turns", pa.int16(), nullable=False),  # user turns of the prompt, at least 1
+        pa.field("prompt_tokens", pa.int32(), nullable=False),  # number of tokens, masked ones included
         pa.field("chosen_tokens", pa.int32(), nullable=False),
         pa.field("rejected_tokens", pa.int32(), nullable=False),
-        pa.field("truncated", pa.bool_(), nullable=False),
-        pa.field("prompt_hash", pa.uint64(), nullable=False),
-        pa.field("ref_chosen_logps", pa.float64()),
+        pa.field("truncated", pa.bool_(), nullable=False),  # whether --max-length cut the pair
+        pa.field("prompt_hash", pa.uint64(), nullable=False),  # of the prompt's text, not changed by truncation
+        pa.field("ref_chosen_logps", pa.float64()),  # nats, summed over the tokens that count; null if unscored
         pa.field("ref_rejected_logps", pa.float64()),
     ]
 )
-"""What readers load at start. They stand first in each row group, so that one short read fetches them."""
+"""What readers load when they open a cache. First in each row group, so that one short read fetches them."""
 
 TOKEN_COLUMNS = pa.schema(
     [
-        pa.field("prompt_ids", _IDS, nullable=False),
+        pa.field("prompt_ids", _IDS, nullable=False),  # token ids
         pa.field("chosen_ids", _IDS, nullable=False),
         pa.field("rejected_ids", _IDS, nullable=False),
-        pa.field("chosen_mask", _MASK),
+        pa.field("chosen_mask", _MASK),  # which tokens of the side count; null where all do
         pa.field("rejected_mask", _MASK),
-        pa.field("ref_chosen_token_logps", _LOGPS),
+        pa.field("ref_chosen_token_logps", _LOGPS),  # nats per token, masked ones included; null if unscored
         pa.field("ref_rejected_token_logps", _LOGPS),
     ]
 )
-
-KeptType = Literal["string", "int", "float", "bool", "json"]
-
-_KEPT_TYPES = {"string": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "json": pa.string()}
-
-_JSON_MARK = {b"dpocli": b"json"}
+"""One list per pair, as long as the side (the prompt) has tokens."""
 
 
 class DamagedPartError(CacheError):
-    """A part that is not as it was written."""
+    """A part whose bytes are not those that were written."""
 
     def __init__(self, path: Path, found: str) -> None:
         super().__init__(
-            f"The part {path.name} of the reference cache {path.parent} is damaged: {found}. Run the line that made "
-            f"the cache again; it writes this part anew and keeps the others."
+            f"The part {path.name} of the reference cache {path.parent} is damaged: {found}. Run the command that made "
+            f"the cache again; it rewrites this part and keeps the others."
         )
 
 
@@ -80,13 +77,13 @@ class NewerFormatError(CacheError):
     def __init__(self, path: Path, version: int) -> None:
         super().__init__(
             f"The reference cache {path.parent} has format {version}; this dpocli reads formats up to {FORMAT_VERSION}. "
-            "Update dpocli, or make the cache anew with this one."
+            "Update dpocli, or rebuild the cache with this one."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Source rows [start, stop) that make one part."""
+    """Source rows [start, stop), which make one part."""
 
     index: int
     start: int
@@ -102,7 +99,7 @@ class Tile:
 
 
 def tiles(total_rows: int, rows_per_part: int) -> list[Tile]:
-    """The tiling of [0, total_rows) at multiples of `rows_per_part`, whatever the number of workers."""
+    """The tiles of [0, total_rows) at multiples of `rows_per_part`, whatever the number of workers."""
     starts = range(0, total_rows, rows_per_part)
     return [Tile(index, start, min(start + rows_per_part, total_rows)) for index, start in enumerate(starts)]
 
@@ -119,52 +116,13 @@ def cache_schema(kept: Mapping[str, KeptType]) -> pa.Schema:
             f"--keep-columns {clash[0]}: the cache has a column of that name of its own. Rename the field in the data, "
             "or leave it out."
         )
-    marks = {name: _JSON_MARK if kind == "json" else None for name, kind in kept.items()}
-    return pa.schema([*own, *(pa.field(name, _KEPT_TYPES[kind], metadata=marks[name]) for name, kind in kept.items())])
+    return pa.schema([*own, *(kept_field(name, kind) for name, kind in kept.items())])
 
 
-def kept_columns(schema: pa.Schema) -> dict[str, bool]:
-    """Names of the kept columns of a part, each with whether its values are JSON text."""
+def kept_columns(schema: pa.Schema) -> list[pa.Field]:
+    """The kept columns of a part."""
     own = {*SMALL_COLUMNS.names, *TOKEN_COLUMNS.names}
-    return {column.name: (column.metadata or {}) == _JSON_MARK for column in schema if column.name not in own}
-
-
-def kept_types(rows: Iterable[Mapping[str, Any]], names: Sequence[str]) -> dict[str, KeptType]:
-    """The narrowest type that takes all values of each kept column (null where there are none but None: string).
-
-    Every worker must be given the same rows (the first N of the data, say), so that all parts have one schema.
-    """
-    seen: dict[str, set[KeptType]] = {name: set() for name in names}
-    for row in rows:
-        for name in names:
-            if (value := row.get(name)) is not None:
-                seen[name].add(kept_type(value))
-    return {name: _widest(kinds) for name, kinds in seen.items()}
-
-
-def kept_type(value: Any) -> KeptType:
-    """The narrowest type of a single value."""
-    if isinstance(value, bool):
-        return "bool"
-    if isinstance(value, int):
-        return "int" if -(2**63) <= value < 2**63 else "json"
-    return "float" if isinstance(value, float) else "string" if isinstance(value, str) else "json"
-
-
-def _widest(kinds: set[KeptType]) -> KeptType:
-    if kinds == {"int", "float"}:
-        return "float"
-    return kinds.copy().pop() if len(kinds) == 1 else "json" if kinds else "string"
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedRow:
-    """A source row that gave no pair, as a footer lists it."""
-
-    row: int
-    where: str
-    reason: str
-    detail: str = ""
+    return [column for column in schema if column.name not in own]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +135,30 @@ class PartFooter:
     fingerprint: Fingerprint
     skipped: Mapping[str, int]
     """Number of skipped rows by reason."""
-    skipped_rows: tuple[SkippedRow, ...]
-    """The first of them."""
+    skipped_rows: tuple[Skipped, ...]
+    """The first MAX_LISTED_SKIPS of them."""
     counts: Mapping[str, int]
     """Sums over the pairs: `truncated` pairs, `prompt_tokens`, `chosen_tokens`, `rejected_tokens`."""
+
+    @classmethod
+    def of(
+        cls, tile: Tile, fingerprint: Fingerprint, pairs: Sequence[EncodedPair], skipped: Sequence[Skipped]
+    ) -> "PartFooter":
+        """The footer of a part that is about to be written."""
+        return cls(
+            tile=tile,
+            total_rows=fingerprint.total_rows,
+            num_pairs=len(pairs),
+            fingerprint=fingerprint,
+            skipped=Counter(str(skip.reason) for skip in skipped),
+            skipped_rows=tuple(sorted(skipped, key=lambda skip: skip.row)[:MAX_LISTED_SKIPS]),
+            counts={
+                "truncated": sum(pair.truncated for pair in pairs),
+                "prompt_tokens": sum(len(pair.prompt_ids) for pair in pairs),
+                "chosen_tokens": sum(len(pair.chosen_ids) for pair in pairs),
+                "rejected_tokens": sum(len(pair.rejected_ids) for pair in pairs),
+            },
+        )
 
     def to_json(self) -> str:
         return json.dumps(
@@ -198,7 +176,7 @@ class PartFooter:
 
     @classmethod
     def from_json(cls, text: bytes) -> "PartFooter":
-        """What `to_json` wrote in this format. Raises KeyError, TypeError or ValueError for anything else."""
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for other text."""
         value = json.loads(text)
         return cls(
             tile=Tile(**value["tile"]),
@@ -206,6 +184,6 @@ class PartFooter:
             num_pairs=value["num_pairs"],
             fingerprint=Fingerprint.from_json(value["fingerprint"]),
             skipped=Counter(value["skipped"]),
-            skipped_rows=tuple(SkippedRow(**row) for row in value["skipped_rows"]),
+            skipped_rows=tuple(Skipped(**row) for row in value["skipped_rows"]),
             counts=Counter(value["counts"]),
         )

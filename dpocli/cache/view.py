@@ -1,4 +1,4 @@
-"""Pairs through the scorer: which pairs this process takes, in which micro-batches, and what comes out."""
+"""Some pairs of a store, addressed by position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ class PairView:
         return self.store.pair_lengths[self.members]
 
     def sizes(self, layout: Layout) -> NDArray[np.int64]:
-        """Tokens that each pair takes in a layout, shape (pairs,)."""
+        """Tokens of each pair in a layout, shape (pairs,)."""
         columns = self.store.columns
         parts = (columns.prompt_tokens, columns.chosen_tokens, columns.rejected_tokens)
         prompt, chosen, rejected = (counts[self.members].astype(np.int64) for counts in parts)
@@ -45,7 +45,7 @@ class PairView:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """Of each pair in the loss, shape (pairs,)."""
+        """Weight of each pair in the loss, shape (pairs,)."""
         return self.store.weights[self.members].astype(np.float64)
 
     def load(self, positions: Sequence[int] | NDArray[np.int64]) -> list[EncodedPair]:

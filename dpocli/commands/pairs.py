@@ -1,4 +1,4 @@
-"""The pairs that train and evaluate read: reference caches, or raw rows encoded on the spot."""
+"""The pairs that train and evaluate read: from a reference cache, or encoded from raw rows."""
 
 import shlex
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dpocli.cache.fingerprint import Fingerprint, build_fingerprint
 from dpocli.cache.reader import PairStore
 from dpocli.cache.view import PairView
 from dpocli.cache.writer import CacheWriter
-from dpocli.commands.encoding import TileEncoder, judge_skips, types_of_kept, writing_behind
+from dpocli.commands.encoding import TileEncoder, background_writer, check_skips, types_of_kept
 from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
 from dpocli.config.flags import given_keys, options_of, values_of
 from dpocli.config.loss_expression import LossChoice
@@ -29,14 +29,14 @@ ROWS_PER_PART = 4096
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What is read, looked at before anything is written."""
+    """The data of a command, opened and checked before anything is written."""
 
     options: TrainOptions | EvaluateOptions
     tokenizer: PreTrainedTokenizerBase
     reference: PairStore | None
     """The cache of `--reference`."""
     rows: SourceRows | None
-    """Those of `--data`."""
+    """The rows of `--data`."""
     held_out: PairStore | None
     """The cache of `--eval-reference`."""
 
@@ -48,11 +48,11 @@ class Inputs:
         tokenizer: PreTrainedTokenizerBase,
         console: Console,
     ) -> "Inputs":
-        """Opens what the options name, and tells what is worth knowing about the tokenizer.
+        """Open the data that the options name, and warn about differences of the tokenizer.
 
         Raises:
-            UsageError: there are no such files.
-            DataError: there are no rows in them.
+            UsageError: a file does not exist.
+            DataError: there are no rows.
             CacheError: a cache is missing, incomplete, damaged, of another tokenizer or of another reference, or holds no
                 log-probs although the loss needs them.
         """
@@ -69,14 +69,14 @@ class Inputs:
     def pairs(
         self, scratch: Path, processes: Processes, console: Console, *, beside: PairStore | None = None
     ) -> PairStore:
-        """The pairs of `--reference`; or of `--data`, encoded under `scratch` first.
+        """The pairs of `--reference`; or of `--data`, which are encoded into `scratch` first.
 
         Args:
-            scratch: where.
+            scratch: directory for encoded pairs.
             processes: share the encoding.
-            terminal: told of rows that are skipped.
-            beside: what another model's tokenizer made of the same rows: taken where this one's makes the same, and not
-                overwritten where it does not.
+            console: for warnings.
+            beside: pairs that another model's tokenizer made of the same rows. They are reused if this tokenizer makes the
+                same, and kept otherwise.
 
         Raises:
             DataError: rows cannot be read, or there is no pair to use.
@@ -88,7 +88,7 @@ class Inputs:
         _refuse_empty(store)
         if isinstance(self.options, TrainOptions) and not store.weights.any():
             raise DataError(
-                f"{store.directory}: all {len(store):,} pairs have weight 0, so nothing can be learned from them. Mend the "
+                f"{store.directory}: all {len(store):,} pairs have weight 0, so nothing can be learned from them. Fix the "
                 "field `weight` of the data, or leave it out."
             )
         return store
@@ -97,7 +97,7 @@ class Inputs:
 def check_inputs(
     options: TrainOptions | EvaluateOptions, losses: Sequence[LossChoice], trained_from: str | None = None
 ) -> None:
-    """Raises UsageError where a loss cannot be computed from what is given, or `--out` holds something else."""
+    """Raise UsageError if a loss cannot be computed from the given data, or `--out` holds something else."""
     check_out(options.out, "train" if isinstance(options, TrainOptions) else "evaluate")
     if options.reference:
         return
@@ -113,14 +113,14 @@ def check_inputs(
 
 
 def check_weights(loss: LossChoice, views: Sequence[PairView]) -> None:
-    """Raises UsageError where pairs have weights, and the loss has no meaning for them."""
+    """Raise UsageError if pairs have weights that the loss does not support."""
     weightless = [term.name for term in loss.terms if not term.spec.takes_weights]
     for view in views:
         if weightless and (weighted := (view.weights != 1).nonzero()[0]).size:
             row = view.load(weighted[:1])[0].row
             raise UsageError(
-                f"--loss {loss.label}: {weightless[0]} compares pairs with each other by rank, and what a weight would mean "
-                f"there is not defined; {len(weighted):,} pairs of {view.store.directory} have a weight other than 1, the first "
+                f"--loss {loss.label}: {weightless[0]} compares pairs with each other by rank, where a weight has no "
+                f"defined meaning; {len(weighted):,} pairs of {view.store.directory} have a weight other than 1, the first "
                 f"in source row {row}. Take another loss, or leave the field `weight` out."
             )
 
@@ -128,17 +128,14 @@ def check_weights(loss: LossChoice, views: Sequence[PairView]) -> None:
 def fingerprint_of_rows(
     options: TrainOptions | EvaluateOptions, tokenizer: PreTrainedTokenizerBase, rows: SourceRows
 ) -> Fingerprint:
-    """Of the pairs that the rows of `--data` become, without encoding them."""
+    """The fingerprint of the pairs of `--data`, without encoding them."""
     return build_fingerprint(
         options.data, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
     )
 
 
 def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str | None = None) -> str:
-    """The command that makes the cache of the rows that `options` name, read and encoded as they say.
-
-    A model that dpocli trained is compared with the one that it was trained from.
-    """
+    """The `dpocli precompute` command for the cache of these rows. The reference of a trained model is its base model."""
     values, given = values_of(options), given_keys(options)
     values["out"] = "reference/"
     values["model"] = trained_from or (
@@ -195,18 +192,19 @@ def _encoded(
     fingerprint = fingerprint_of_rows(options, tokenizer, rows)
     if beside is not None and beside.fingerprint.digest == fingerprint.digest:
         return beside
-    # A scratch directory may be shared by runs on other rows: there, each set of pairs has a name of its own.
+    # Runs on other rows may share a scratch directory, so the name depends on the fingerprint.
     needs_name = options.data.scratch or beside is not None
     directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if needs_name else "pairs")
     kept = types_of_kept(rows, options.data.keep_columns)
-    writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=console.warn)
+    writer = CacheWriter(directory, fingerprint, kept, console)
     writer.check()
+    writer.prepare()
     tiles = TileEncoder(rows, Encoder(tokenizer, options.data), options.data, console)
     missing = writer.missing(processes.rank, processes.count)
-    with writing_behind(writer) as parts, closing(tiles.encode(missing)) as encoded:
+    with background_writer(writer) as parts, closing(tiles.encode(missing)) as encoded:
         for tile in encoded:
             parts.write(*tile)
     processes.wait()
     store = PairStore.open(directory)
-    judge_skips(store.skipped, store.num_rows, options.data.max_skipped)
+    check_skips(store.skipped, store.num_rows, options.data.max_skipped)
     return store

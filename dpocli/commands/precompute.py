@@ -1,78 +1,73 @@
 """`dpocli precompute`: the frozen reference scores every pair, once."""
 
+import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpocli.cache.data_report import triage
 from dpocli.cache.fingerprint import build_fingerprint, compare
 from dpocli.cache.reader import PairStore
 from dpocli.cache.reuse import Reusable
-from dpocli.cache.schema import MAX_LISTED_SKIPS, Tile
+from dpocli.cache.schema import Tile
 from dpocli.cache.writer import CacheWriter, recorded_dtype
 from dpocli.commands import precompute_estimate
-from dpocli.commands.encoding import TileEncoder, judge_skips, types_of_kept, writing_behind
+from dpocli.commands.encoding import BackgroundWriter, TileEncoder, background_writer, check_skips, types_of_kept
+from dpocli.commands.precompute_summary import add_data_report, render, summarize
 from dpocli.commands.reference import Reference
 from dpocli.config.commands import PrecomputeOptions
-from dpocli.console.console import Console, Printer
+from dpocli.console.console import Console
+from dpocli.console.progress import Progress
 from dpocli.data.encoder import Encoder
 from dpocli.data.sources import SourceRows, open_rows
 from dpocli.distributed.launch import launched, pick_device
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.distributed.signals import StopFlag
-from dpocli.errors import CacheError, DataError, PreemptedError
+from dpocli.errors import CacheError, DataError, PreemptedError, UsageError
 from dpocli.model.hashing import HASH_MEMORY_NAME, HashMemory
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import dtype_name, pick_dtype
 from dpocli.model.resolve import load_tokenizer, resolve_model
 from dpocli.run.directory import RunDirectory
-from dpocli.run.output_check import check_out
+from dpocli.run.output_check import PART_PATTERN, check_out
 from dpocli.scoring.scorer import environment
 
 
 @dataclass(frozen=True, slots=True)
 class PrecomputeJob:
-    """What a command line comes to, before anything is written."""
+    """What a command line means, before anything is written."""
 
     options: PrecomputeOptions
     console: Console
-    device: torch.device
     dtype: torch.dtype
     model: ModelFiles
     tokenizer: PreTrainedTokenizerBase
     rows: SourceRows
     team: Processes
-    """Those that share one copy of the model with this one."""
+    """The processes that share one copy of the model with this one."""
     hash_memory: HashMemory
 
     @classmethod
-    def of(cls, options: PrecomputeOptions, console: Console, everyone: Processes) -> "PrecomputeJob":
-        device = everyone.device
-        dtype = pick_dtype(options.model.dtype, device, recorded=recorded_dtype(options.out))
+    def resolve(cls, options: PrecomputeOptions, console: Console, processes: Processes) -> "PrecomputeJob":
+        """Find the model, its tokenizer and the rows.
+
+        Raises:
+            DpoError: one of them is missing or wrong, or `--out` holds something else.
+        """
+        dtype = pick_dtype(options.model.dtype, processes.device, recorded=recorded_dtype(options.out))
         model = resolve_model(options.model)
         tokenizer = load_tokenizer(model, options.model)
-        job = cls(
-            options,
-            console,
-            device,
-            dtype,
-            model,
-            tokenizer,
-            open_rows(options.data),
-            everyone.team(options.model.shards),
-            HashMemory(options.out / HASH_MEMORY_NAME),
-        )
+        rows, team = open_rows(options.data), processes.team(options.model.shards)
         check_out(options.out, "precompute")
-        return job
+        hash_memory = HashMemory(options.out / HASH_MEMORY_NAME)
+        return cls(options, console, dtype, model, tokenizer, rows, team, hash_memory)
 
     def writer(self) -> CacheWriter:
-        """Of the cache; nothing of it is opened yet."""
+        """The writer of the cache. Hashes the model."""
         options = self.options
         fingerprint = build_fingerprint(
             options.data,
@@ -82,128 +77,183 @@ class PrecomputeJob:
             rows_per_part=options.rows_per_part,
             model=self.model,
             dtype=dtype_name(self.dtype),
-            information=environment(self.device),
+            information=environment(self.team.device),
             hash_memory=self.hash_memory,
         )
         kept = types_of_kept(self.rows, options.data.keep_columns)
-        say = self.console.warn
-        return CacheWriter(options.out, fingerprint, self.rows.num_rows, options.rows_per_part, kept, say=say)
+        return CacheWriter(options.out, fingerprint, kept, self.console)
 
     def reference(self, writer: CacheWriter) -> Reference:
-        """Loads nothing yet."""
+        """The reference model, which is loaded when it is first needed."""
         reusable = Reusable.open(self.options.reuse, writer.fingerprint)
-        say = self.console.say
-        return Reference(self.model, self.options, self.dtype, self.team, reusable, writer.inform, say)
+        return Reference(self.model, self.options, self.dtype, self.team, reusable, self.console)
 
-    def missing(self, writer: CacheWriter, between: Callable[[], None] = lambda: None) -> list[Tile]:
-        """The tiles that this worker has to make. `between` is called before each is looked at."""
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, self.options.data)
+
+    @property
+    def worker(self) -> tuple[int, int]:
+        """(index, count) of this worker: of the shard, and of the launcher's processes within it."""
         rank, num_ranks, _ = launched(self.options.launcher)
-        worker, num_workers = self.options.worker
-        index, count = rank // self.team.count, num_ranks // self.team.count
-        mine = writer.missing(worker + num_workers * index, num_workers * count, between)
-        return self.team.from_first(mine)
+        shard, num_shards = self.options.worker
+        return shard + num_shards * (rank // self.team.count), num_shards * (num_ranks // self.team.count)
+
+
+class StopRequest:
+    """Whether to stop: after a signal, or by the file OUT/stop. The processes of a team decide together."""
+
+    def __init__(self, flag: StopFlag, out: RunDirectory, parts: BackgroundWriter, team: Processes) -> None:
+        self._flag, self._out, self._parts, self._team = flag, out, parts, team
+
+    def check(self) -> None:
+        """Raise PreemptedError if asked to stop. The tile in work is discarded, so that the process ends soon."""
+        self._parts.check()
+        if self._team.any(bool(self._flag) or self._out.stop_requested()):
+            self._parts.wait()  # so that the part before is counted
+            written, total = self._parts.writer.progress()
+            raise PreemptedError(
+                f"Stopped on request with {written} of {total} parts written. Run the same command line to resume."
+            )
 
 
 def run(options: PrecomputeOptions, console: Console) -> None:
-    """Fills this worker's share of the cache, or only looks: at what that would take, or at what a finished one holds."""
+    """Write this worker's share of the cache; or estimate what that takes, or verify a finished cache."""
     device = pick_device(options.device, options.launcher)
-    # Processes that do not share a model need not know of each other.
-    apart = nullcontext(Processes(0, 1, device))
-    with init_processes(device, options.launcher) if options.model.shards > 1 else apart as everyone:
-        job = PrecomputeJob.of(options, console, everyone)
+    # Workers with a model of their own need no process group.
+    alone = nullcontext(Processes(0, 1, device))
+    with init_processes(device, options.launcher) if options.model.shards > 1 else alone as processes:
+        job = PrecomputeJob.resolve(options, console, processes)
         if options.verify:
             _verify(job)
         elif options.dry_run:
             _estimate(job)
+        elif _is_read_only(job):
+            _confirm_complete(job)
         else:
             _fill(job)
 
 
 def _fill(job: PrecomputeJob) -> None:
-    """Tiles that are there already are not touched."""
+    """Write the missing parts. Existing ones are not changed."""
     options, console = job.options, job.console
     rank, _, _ = launched(options.launcher)
-    with ExitStack() as stack:
-        out = stack.enter_context(
-            RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=console.say)
-        )
+    directory = RunDirectory(
+        options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=console.say
+    )
+    with directory as out:
         console.say(
-            f"{job.rows.num_rows:,} rows; reference {options.model.name} in {dtype_name(job.dtype)} on {job.device}"
+            f"{job.rows.num_rows:,} rows; reference {options.model.name} in {dtype_name(job.dtype)} on {job.team.device}"
         )
-        writer = job.writer()  # hashes the model; until here there is nothing to save, and a signal ends it at once
+        writer = job.writer()
         if out.is_accepted:
             job.hash_memory.save()
         writer.check()
+        writer.prepare()
         reference = job.reference(writer)
-        stop = stack.enter_context(StopFlag())
-        out.write_config(options)
-        job.hash_memory.save()
-
-        def heed_stop(finish: Callable[[], None] = lambda: None) -> None:
-            if job.team.any(bool(stop) or out.stop_requested()):
-                finish()
-                raise PreemptedError(_stopped(writer))
-
-        missing = job.missing(writer, heed_stop if job.team.count == 1 else lambda: None)
-        if out.is_companion:
-            # Others begin at the beginning; whoever starts elsewhere meets them late.
-            start = random.randrange(max(len(missing), 1))
-            missing = missing[start:] + missing[:start]
-            console.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
-        missing = job.team.from_first(missing)
-        tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options.data), options.data, console)
-
-        with (
-            console.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
-            writing_behind(writer) as parts,
-        ):
-
-            def check_stop() -> None:
-                """The open tile is thrown away: what counts is that the node is left in time."""
-                parts.check()
-                heed_stop(parts.wait)  # so that the part before is counted
-
-            still_missing: Iterable[Tile] = missing
-            if job.team.count == 1:  # a team would have to agree on each
-                still_missing = _unless_present(missing, writer, lambda tile: progress.update(advance=tile.num_rows))
-            with closing(tiles.encode(still_missing)) as encoded:
-                for tile, pairs, skipped in encoded:
-                    check_stop()
-                    complete = reference.complete(pairs, progress, check_stop)
-                    if job.team.is_first:
-                        parts.write(tile, complete, skipped)
-                    progress.update(advance=len(skipped))
-        summary = _summary(options, writer, tiles) | reference.figures()
-        if splits := reference.num_splits:
-            console.say(
-                f"Memory ran out in {splits:,} {'pass' if splits == 1 else 'passes'}, made in two instead: the values are the "
-                "same. A smaller --token-budget saves that time."
-            )
-        judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.data.max_skipped)
-        if summary["complete"] and summary["pairs"]:
-            summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
-        # Whoever writes the last part has the last word, whether it is the first process or not.
-        out.write_summary(summary, from_any=summary["complete"])
-        console.result(summary, lambda printer: _render(printer, summary))
+        # Until here there is nothing to save, and a signal ends the command at once.
+        with StopFlag() as flag, background_writer(writer) as parts:
+            out.write_config(options)
+            job.hash_memory.save()
+            stop = StopRequest(flag, out, parts, job.team)
+            missing = _missing_tiles(job, writer, out, stop)
+            tiles = TileEncoder(job.rows, job.encoder(), options.data, console)
+            _score(job, missing, tiles, reference, parts, stop)
+            summary = summarize(options.out, writer, tiles.encoder.notices, reference.figures())
+            check_skips(Counter(summary["skipped"]), job.rows.num_rows, options.data.max_skipped)
+            add_data_report(summary, writer)
+            # The process that writes the last part finalizes the cache.
+            out.write_summary(summary, from_any=summary["complete"])
+            console.result(summary, lambda printer: render(printer, summary))
 
 
-def _unless_present(tiles: Iterable[Tile], writer: CacheWriter, skip: Callable[[Tile], None]) -> Iterator[Tile]:
-    """Each tile, unless another worker has made it by the time that it is asked for."""
+def _missing_tiles(job: PrecomputeJob, writer: CacheWriter, out: RunDirectory, stop: StopRequest) -> list[Tile]:
+    """The tiles that this worker has to write, in the order in which it does."""
+    index, count = job.worker
+    missing = []
+    for tile in writer.tiles[index::count]:
+        if job.team.count == 1:  # a team takes the tiles of its first process, which the others wait for
+            stop.check()
+        if not writer.is_present(tile):
+            missing.append(tile)
+    if out.is_companion:
+        # Others begin with the first tile: begin elsewhere, so as to meet them late.
+        start = random.randrange(max(len(missing), 1))
+        missing = missing[start:] + missing[:start]
+        job.console.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
+    return job.team.from_first(missing)
+
+
+def _score(
+    job: PrecomputeJob,
+    missing: list[Tile],
+    tiles: TileEncoder,
+    reference: Reference,
+    parts: BackgroundWriter,
+    stop: StopRequest,
+) -> None:
+    """Encode, score and write tiles: the next is encoded and the one before written while one is scored."""
+    with job.console.progress(sum(tile.num_rows for tile in missing), "precompute") as progress:
+        # A team would have to agree on the tiles that other workers have written meanwhile.
+        to_encode = _unwritten(missing, parts.writer, progress) if job.team.count == 1 else missing
+        with closing(tiles.encode(to_encode)) as encoded:
+            for tile, pairs, skipped in encoded:
+                stop.check()
+                completed = reference.complete(pairs, progress, stop.check)
+                if job.team.is_first:
+                    parts.write(tile, completed, skipped, reference.information)
+                progress.update(advance=len(skipped))
+        parts.wait()
+    if splits := reference.num_splits:
+        job.console.say(
+            f"Memory ran out in {splits:,} {'pass' if splits == 1 else 'passes'}, made in two instead: the values are the "
+            "same. A smaller --token-budget saves that time."
+        )
+
+
+def _unwritten(tiles: Iterable[Tile], writer: CacheWriter, progress: Progress) -> Iterator[Tile]:
+    """The tiles that no other worker has written by the time that they are asked for."""
     for tile in tiles:
         if writer.is_present(tile):
-            skip(tile)
+            progress.update(advance=tile.num_rows)
         else:
             yield tile
 
 
+def _is_read_only(job: PrecomputeJob) -> bool:
+    """Whether `--out` holds parts, and this user may not write there."""
+    out, by_effective_user = job.options.out, os.access in os.supports_effective_ids
+    may_write = os.access(out, os.W_OK, effective_ids=by_effective_user)
+    return job.team.from_first(any(out.glob(PART_PATTERN)) and not may_write)
+
+
+def _confirm_complete(job: PrecomputeJob) -> None:
+    """Report a complete cache in a directory that cannot be written.
+
+    Raises:
+        UsageError: parts are missing.
+    """
+    out, writer = job.options.out, job.writer()
+    writer.check()
+    if missing := writer.missing():
+        raise UsageError(
+            f"--out {out}: permission denied. The directory is read-only, and {len(missing)} of {len(writer.tiles)} parts are "
+            "missing or damaged. Make it writable, or give another directory."
+        )
+    job.console.say(f"{out} is complete and read-only: nothing to do.")
+    summary = summarize(out, writer, notices={}, figures={"reused": 0})
+    add_data_report(summary, writer)
+    job.console.result(summary, lambda printer: render(printer, summary))
+
+
 def _estimate(job: PrecomputeJob) -> None:
+    """`--dry-run`."""
     writer = job.writer()
-    writer.check_parts()
-    left = sum(tile.num_rows for tile in job.missing(writer))
-    encoder = Encoder(job.tokenizer, job.options.data)
+    writer.check()
+    missing = job.team.from_first(writer.missing(*job.worker))
+    num_missing = sum(tile.num_rows for tile in missing)
     with job.console.progress(None, "probe") as progress:
         figures = precompute_estimate.estimate(
-            job.rows, encoder, job.options.data, writer, job.reference(writer), left, progress
+            job.rows, job.encoder(), job.options.data, writer, job.reference(writer), num_missing, progress
         )
     job.console.result(figures, lambda printer: precompute_estimate.render(printer, figures))
     if figures["stops"]:
@@ -211,6 +261,7 @@ def _estimate(job: PrecomputeJob) -> None:
 
 
 def _verify(job: PrecomputeJob) -> None:
+    """`--verify`."""
     options = job.options
     assert options.verify
     writer, store = job.writer(), PairStore.open(options.out)
@@ -223,55 +274,3 @@ def _verify(job: PrecomputeJob) -> None:
         found = job.reference(writer).verify(store, options.verify, progress)
     figures = {"out": str(options.out), "verified": asdict(found)}
     job.console.result(figures, lambda printer: printer.say(f"{options.out} holds what this model gives: {found}."))
-
-
-def _summary(options: PrecomputeOptions, writer: CacheWriter, tiles: TileEncoder) -> dict[str, Any]:
-    """What the whole cache holds by now, whoever wrote it."""
-    footers = list(writer.footers())
-    counts = sum((Counter(footer.counts) for footer in footers), Counter())
-    return {
-        "out": str(options.out),
-        "complete": len(footers) == len(writer.tiles),
-        "parts": len(footers),
-        "parts_total": len(writer.tiles),
-        "rows": writer.total_rows,
-        "pairs": sum(footer.num_pairs for footer in footers),
-        "truncated": counts["truncated"],
-        "tokens": counts["prompt_tokens"] + counts["chosen_tokens"] + counts["rejected_tokens"],
-        "skipped": dict(sum((Counter(footer.skipped) for footer in footers), Counter())),
-        "skipped_rows": [asdict(row) for footer in footers for row in footer.skipped_rows][:MAX_LISTED_SKIPS],
-        "notices": dict(tiles.encoder.notices),
-    }
-
-
-def _render(printer: Printer, summary: Mapping[str, Any]) -> None:
-    missing = summary["parts_total"] - summary["parts"]
-    state = "complete" if not missing else f"{missing} of {summary['parts_total']} parts are missing (other workers')"
-    printer.say(
-        f"{summary['out']}: {summary['pairs']:,} pairs of {summary['rows']:,} rows, {summary['tokens']:,} tokens, "
-        f"{summary['truncated']:,} pairs truncated; {state}."
-    )
-    if summary["reused"]:
-        printer.say(f"  {summary['reused']:,} pairs taken over from --reuse")
-    for reason, count in summary["skipped"].items():
-        printer.say(f"  {count:,} rows skipped: {reason}")
-    for row in summary["skipped_rows"][:5]:
-        detail = f" ({row['detail']})" if row["detail"] else ""
-        printer.say(f"    {row['where']}: {row['reason']}{detail}")
-    if found := summary.get("triage"):
-        _render_triage(printer, found)
-
-
-def _render_triage(printer: Printer, found: Mapping[str, Any]) -> None:
-    printer.say(
-        f"The reference prefers the chosen side in {found['reference_accuracy']:.1%} of the pairs; the longer side is the "
-        f"chosen one in {found['pick_the_longer_accuracy']:.1%} (median difference {found['median_length_difference']:+,.0f} tokens)."
-    )
-    for finding in found["findings"]:
-        rows = ", ".join(map(str, finding["rows"][:8])) + (", …" if finding["count"] > 8 else "")
-        printer.say(f"  {finding['count']:,} {finding['name']}: source rows {rows} ({finding['meaning']})")
-
-
-def _stopped(writer: CacheWriter) -> str:
-    there, total = writer.progress()
-    return f"Stopped on request with {there} of {total} parts written. The same command line goes on from there."

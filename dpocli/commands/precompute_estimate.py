@@ -1,4 +1,4 @@
-"""`precompute --dry-run`: what would be done, and what it would take. Touches nothing."""
+"""`precompute --dry-run`: estimate pairs, bytes and time. Writes nothing."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,23 +7,23 @@ from typing import Any
 import numpy as np
 
 from dpocli.cache.writer import CacheWriter
-from dpocli.commands.encoding import fault_of_skips
+from dpocli.commands.encoding import problem_of_skips
 from dpocli.commands.reference import Reference
 from dpocli.config.options import DataOptions
 from dpocli.console.console import Printer
 from dpocli.console.progress import Progress, format_duration
-from dpocli.data.encoder import Encoder, encode_rows
+from dpocli.data.encoder import Encoder
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.data.sources import SourceRows
 
 SAMPLED_ROWS = 2048
-"""Rows that are encoded; all of them where there are no more."""
+"""Rows that are encoded, if there are more."""
 
 NEIGHBOURS = 64
-"""Rows that are read together."""
+"""Consecutive rows in a sample."""
 
 PROBED_TOKENS = 10_000
-"""Distinct tokens that are scored to learn the speed."""
+"""Distinct tokens that are scored to measure the speed."""
 
 
 def estimate(
@@ -39,24 +39,24 @@ def estimate(
 
     Args:
         rows: all rows.
-        encoder: makes pairs of them.
-        options: how.
+        encoder: of the rows.
+        options: for `--max-skipped`.
         writer: of the cache, which may not exist.
-        reference: is loaded, and scores a few pairs.
-        missing_rows: rows of the tiles that this worker would have to make.
-        progress: of the probe.
+        reference: scores a few pairs.
+        missing_rows: rows of the tiles that this worker would have to write.
+        progress: of the scoring.
     """
     starts = _starts(rows.num_rows)
     results = [
         result
         for start in starts
-        for result in encode_rows(rows, encoder, options, start, min(start + NEIGHBOURS, rows.num_rows))
+        for result in encoder.encode_rows(rows, start, min(start + NEIGHBOURS, rows.num_rows))
     ]
     pairs = [result for result in results if isinstance(result, EncodedPair)]
     skipped = Counter(str(result.reason) for result in results if isinstance(result, Skipped))
     scale = rows.num_rows / len(results)
     tokens = sum(_num_tokens(pair) for pair in pairs)
-    known = reference.reusable.take_over(pairs)
+    known = reference.reusable.fill_in(pairs)
     to_score = [pair for pair in known if pair.reference is None]
     figures: dict[str, Any] = {
         "rows": rows.num_rows,
@@ -88,7 +88,7 @@ def estimate(
 
 
 def render(printer: Printer, figures: Mapping[str, Any]) -> None:
-    """The figures for people."""
+    """Print the figures."""
     basis = "all rows encoded" if figures["is_exact"] else f"from {figures['rows_sampled']:,} rows encoded"
     printer.say(
         f"Dry run ({basis}): {figures['pairs']:,} pairs of {figures['rows']:,} rows, {figures['tokens']:,} tokens, "
@@ -107,9 +107,9 @@ def render(printer: Printer, figures: Mapping[str, Any]) -> None:
 
 
 def _stop(results: Sequence[EncodedPair | Skipped], num_rows: int, max_skipped: float) -> str | None:
-    """Why the run would stop, as far as the encoded rows tell; None where it would not."""
+    """Why the run would stop, judged by the encoded rows; None if it would not."""
     skipped = [result for result in results if isinstance(result, Skipped)]
-    fault = fault_of_skips(Counter(str(row.reason) for row in skipped), len(results), max_skipped, skipped)
+    fault = problem_of_skips(Counter(str(row.reason) for row in skipped), len(results), max_skipped, skipped)
     if fault is None:
         return None
     seen = "would stop" if len(results) == num_rows else f"would probably stop, going by {len(results):,} rows encoded"
@@ -117,7 +117,7 @@ def _stop(results: Sequence[EncodedPair | Skipped], num_rows: int, max_skipped: 
 
 
 def _starts(num_rows: int) -> Sequence[int]:
-    """Where the sampled runs of rows begin, evenly over the data."""
+    """First rows of the samples, spread evenly over the data."""
     every = range(0, num_rows, NEIGHBOURS)
     most = SAMPLED_ROWS // NEIGHBOURS
     if len(every) <= most:
@@ -126,7 +126,7 @@ def _starts(num_rows: int) -> Sequence[int]:
 
 
 def _some(pairs: Sequence[EncodedPair]) -> list[EncodedPair]:
-    """Pairs for the probe, drawn evenly, as many as its tokens allow but at least one."""
+    """Random pairs for the measurement, within PROBED_TOKENS but at least one."""
     order = np.random.default_rng(0).permutation(len(pairs))
     ends = np.cumsum([_num_tokens(pairs[place]) for place in order])
     return [pairs[place] for place in order[: max(1, int(np.searchsorted(ends, PROBED_TOKENS)))]] if len(pairs) else []

@@ -1,4 +1,4 @@
-"""The frozen reference of `precompute`: loaded when it is first needed, laid out the fastest way that is exact for it."""
+"""The frozen reference of `precompute`: loaded when first needed, in the fastest layout that is exact for it."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -10,6 +10,7 @@ import torch
 from dpocli.cache.reader import PairStore
 from dpocli.cache.reuse import Reusable
 from dpocli.config.commands import PrecomputeOptions
+from dpocli.console.console import Console
 from dpocli.console.progress import Progress
 from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes
@@ -22,21 +23,25 @@ from dpocli.scoring.scorer import PairScorer, environment
 from dpocli.scoring.throughput import Throughput
 from dpocli.training import step0
 
-VERIFIED_AT_ONCE = 4096
-"""Pairs in memory at a time."""
+PAIRS_AT_ONCE = 4096
+"""Pairs of a cache that `verify` holds in memory."""
 
 
 class Reference:
-    """Gives pairs their log-probs: taken over from old caches where they have them, else scored.
+    """Gives pairs their log-probs, from old caches where they have them, else by scoring.
+
+    All methods are collective: call them on every rank of `team`.
 
     Args:
-        files: of the model. It is not loaded before a pair has to be scored.
+        files: of the model, which is loaded when a pair has to be scored.
         options: of the command.
         dtype: of the forward pass.
-        team: the processes that share one copy of the model. They keep step: all go through every method together.
+        team: the processes that share one copy of the model.
         reusable: old caches.
-        inform: told how pairs are scored (information for the parts).
-        say: told what the user should know.
+        console: for what the layout check reports.
+
+    Attributes:
+        information: how pairs are scored, for the fingerprint of the parts.
     """
 
     def __init__(
@@ -46,46 +51,46 @@ class Reference:
         dtype: torch.dtype,
         team: Processes,
         reusable: Reusable,
-        inform: Callable[[dict[str, str]], None],
-        say: Callable[[str], None],
+        console: Console,
     ) -> None:
-        self._files, self._options, self._dtype = files, options, dtype
-        self._team = team
         self.reusable = reusable
-        self._inform, self._say = inform, say
-        self._longest_tried = 0
+        self.information = environment(team.device)
+        self._files, self._options, self._dtype = files, options, dtype
+        self._team, self._console = team, console
+        self._longest_checked = 0
+        """Tokens of the longest pair that the layout was checked with; 0 before the first check."""
         self._num_reused = 0
 
     def complete(
         self, pairs: Sequence[EncodedPair], progress: Progress, check_stop: Callable[[], None]
     ) -> list[EncodedPair]:
-        """The pairs of a tile, in their order, with log-probs. `check_stop` is called before each pass, and may raise."""
-        known = self.reusable.take_over(pairs)
-        open_places = [place for place, pair in enumerate(known) if pair.reference is None]
-        self._num_reused += len(known) - len(open_places)
-        progress.update(pairs=len(known) - len(open_places))
-        if open_places:
-            todo = [known[place] for place in open_places]
-            self._settle(todo)
+        """The pairs of a tile, in their order, with log-probs. `check_stop` is called before each pass; it may raise."""
+        completed = self.reusable.fill_in(pairs)
+        unscored = [index for index, pair in enumerate(completed) if pair.reference is None]
+        self._num_reused += len(completed) - len(unscored)
+        progress.update(pairs=len(completed) - len(unscored))
+        if unscored:
+            to_score = [completed[index] for index in unscored]
+            self._choose_layout(to_score)
             with self._throughput.clock():
-                scored = reference_logps(self._scorer, todo, progress, check_stop, self._team)
-            for place, pair in zip(open_places, scored, strict=True):
-                known[place] = pair
-        return known
+                scored = reference_logps(self._scorer, to_score, progress, check_stop, self._team)
+            for index, pair in zip(unscored, scored, strict=True):
+                completed[index] = pair
+        return completed
 
     def verify(self, store: PairStore, count: int, progress: Progress) -> step0.Step0:
-        """Scores pairs of a cache again, drawn anew each time.
+        """Score random pairs of a cache again, and compare.
 
         Raises:
-            CacheError: they are not what the cache holds.
+            CacheError: the log-probs differ from those in the cache.
         """
         if not len(store):
             raise CacheError(f"--verify {count}: the cache {store.directory} holds no pair.")
         positions = self._team.from_first(np.sort(np.random.default_rng().permutation(len(store))[:count]))
         differences: list[step0.Difference] = []
-        for start in range(0, len(positions), VERIFIED_AT_ONCE):
-            cached = store.load(positions[start : start + VERIFIED_AT_ONCE])
-            self._settle(cached)
+        for start in range(0, len(positions), PAIRS_AT_ONCE):
+            cached = store.load(positions[start : start + PAIRS_AT_ONCE])
+            self._choose_layout(cached)
             scored = reference_logps(self._scorer, cached, progress, lambda: None, self._team)
             for before, now in zip(cached, scored, strict=True):
                 assert now.reference
@@ -94,19 +99,19 @@ class Reference:
         if not found.holds:
             raise CacheError(
                 f"--verify {count}: the cache {store.directory} does not hold what this model gives: {found}. If versions or "
-                "devices differ from when it was made, that may be their arithmetic; else make the cache anew."
+                "devices differ from when it was made, that may be their arithmetic; else rebuild the cache."
             )
         return found
 
     def figures(self) -> dict[str, Any]:
-        """For `summary.json`: how pairs were scored, and how many were not."""
-        used = {"scoring": self._throughput.summary()} if self._longest_tried else {}
+        """For `summary.json`: throughput of scoring, and the number of reused pairs."""
+        used = {"scoring": self._throughput.summary()} if self._longest_checked else {}
         return {"reused": self._num_reused} | used
 
     @property
     def num_splits(self) -> int:
-        """Passes for which the memory was not enough."""
-        return self._throughput.num_splits if self._longest_tried else 0
+        """Passes that were split in two because memory ran out."""
+        return self._throughput.num_splits if self._longest_checked else 0
 
     @cached_property
     def _scorer(self) -> PairScorer:
@@ -117,16 +122,15 @@ class Reference:
     def _throughput(self) -> Throughput:
         return Throughput(self._scorer)
 
-    def _settle(self, pairs: Sequence[EncodedPair]) -> None:
-        """Once; and again where pairs come that reach further beyond what the model looks back over."""
+    def _choose_layout(self, pairs: Sequence[EncodedPair]) -> None:
+        """Choose the layout once, and again for pairs that exceed the attention window by more than those before."""
         tile = PairsInMemory(pairs)
         longest, window = int(tile.lengths.max()), window_of(self._scorer)
-        reaches_further = window and longest > window and longest > 1.25 * self._longest_tried
-        is_first_beyond = window and self._longest_tried <= window < longest
-        if self._longest_tried and not (reaches_further or is_first_beyond):
+        reaches_further = window and longest > window and longest > 1.25 * self._longest_checked
+        is_first_beyond = window and self._longest_checked <= window < longest
+        if self._longest_checked and not (reaches_further or is_first_beyond):
             return
-        choose_layout(
-            self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring.layout, self._team, self._say
-        )
-        self._longest_tried = longest
-        self._inform(environment(self._team.device, self._scorer))
+        pairs_to_try = sample(self._scorer, [tile], seed=0)
+        choose_layout(self._scorer, pairs_to_try, self._options.scoring.layout, self._team, self._console.say)
+        self._longest_checked = longest
+        self.information = environment(self._team.device, self._scorer)

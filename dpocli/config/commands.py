@@ -7,7 +7,8 @@ from typing import Self
 from pydantic import model_validator
 
 from dpocli.config.gates import Gate
-from dpocli.config.loss_expression import LossChoice, split_list
+from dpocli.config.loss_expression import LossChoice
+from dpocli.config.loss_grammar import split_list
 from dpocli.config.options import (
     CommaList,
     DataOptions,

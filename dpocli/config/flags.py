@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 
 from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
 from dpocli.config.options import Options, Panel, Section
-from dpocli.config.other_tools import foreign_option
+from dpocli.config.other_tools import answers
 
 OptionsModel = TypeVar("OptionsModel", bound=Options)
 
@@ -179,8 +179,9 @@ def _parameter(
 def explain_unknown(name: str, model: type[Options]) -> str:
     """Answer to an unknown option: its equivalent here, the commands that have it, or the nearest name."""
     key = name.strip("-").replace("-", "_").lower()
-    if hint := foreign_option(key) or foreign_option(key.removeprefix("no_")):
-        return f"this is a name from another tool. Here, {hint}."
+    elsewhere = answers("options")
+    if answer := elsewhere.get(key) or elsewhere.get(key.removeprefix("no_")):
+        return f"this is a name from another tool. Here, {answer}."
     if users := [command for command, other in COMMANDS.items() if any(key == o.key for o in options_of(other))]:
         return f"this is no option of this command; it belongs to {' and '.join(users)}."
     known = {option.key: option.flag if name.startswith("-") else option.key for option in options_of(model)}

@@ -1,4 +1,4 @@
-"""The numbers and choices that losses take beyond beta: their names, bounds, and what they ask of the scorer."""
+"""Numbers and choices of losses: names, defaults, bounds, and what they need from the scorer."""
 
 import operator
 import re
@@ -9,7 +9,7 @@ Value = float | str
 
 
 class Need(StrEnum):
-    """What a loss looks at beyond the policy's sums and the token counts."""
+    """What a loss reads beyond the policy's sums and the token counts."""
 
     REFERENCE = "the reference's log-probs"
     COLLISION = "log sum_v p(v)^2 of the policy at every token"
@@ -19,7 +19,7 @@ class Need(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Hyperparameter:
-    """A number or choice of a loss. Its name is the keyword of the function, the key in YAML and, with dashes, the flag."""
+    """A number or choice of a loss. Its name is the function's keyword, the key in YAML and, with dashes, the flag."""
 
     name: str
     default: Value
@@ -32,14 +32,14 @@ class Hyperparameter:
     """Exclusive."""
     choices: tuple[str, ...] = ()
     need: Need | None = None
-    """What any value but `off` asks for."""
+    """What any value but `off` needs."""
     off: Value | None = None
 
     def parse(self, given: Value) -> Value:
-        """The value that `given` spells.
+        """Read a value.
 
         Raises:
-            ValueError: it is none, or out of bounds; the message says what is allowed.
+            ValueError: it is no such value, or out of bounds; the message says what is allowed.
         """
         if self.choices:
             if given not in self.choices:
@@ -66,13 +66,13 @@ class Hyperparameter:
         return value
 
 
-BETA = Hyperparameter("beta", 0.1, "strength of the pull to the reference", above=0.0)
+BETA = Hyperparameter("beta", 0.1, "KL-penalty strength", above=0.0)
 
 LABEL_SMOOTHING = Hyperparameter(
     "label_smoothing", 0.0, "assumed share of pairs whose label is flipped", minimum=0.0, below=0.5
 )
 
-GAMMA = Hyperparameter("gamma", 1.0, "target reward margin, subtracted as it stands (not times beta)", minimum=0.0)
+GAMMA = Hyperparameter("gamma", 1.0, "target reward margin (not multiplied by beta)", minimum=0.0)
 
 REDUCTION = Hyperparameter(
     "reduction", "mean", "log-probs per token (mean) or per answer (sum)", choices=("mean", "sum")
@@ -83,7 +83,7 @@ SFT_WEIGHT = Hyperparameter("sft_weight", 1.0, "weight of the likelihood term", 
 DELTA = Hyperparameter(
     "delta",
     "running",
-    "shift of the rewards: their mean over all pairs seen (running), or none",
+    "shift of the rewards: their mean over all pairs so far (running), or none",
     choices=("running", "none"),
     need=Need.WHOLE_BATCH,
     off="none",
@@ -92,7 +92,7 @@ DELTA = Hyperparameter(
 LD_ALPHA = Hyperparameter(
     "ld_alpha",
     1.0,
-    "LD-DPO: weight of the tokens beyond the length of the shorter side (1: off)",
+    "LD-DPO: weight of the tokens beyond the length of the shorter answer (1: off)",
     minimum=0.0,
     maximum=1.0,
     need=Need.TAILS,
@@ -102,7 +102,7 @@ LD_ALPHA = Hyperparameter(
 F_DIVERGENCE = Hyperparameter(
     "f_divergence",
     "reverse_kl",
-    "f-DPO: the divergence that the pull to the reference measures, on the ratios of the sampled answers",
+    "f-DPO: divergence from the reference, at the ratios of the sampled answers",
     choices=("reverse_kl", "forward_kl", "js", "alpha"),
     off="reverse_kl",
 )
@@ -114,11 +114,11 @@ F_ALPHA = Hyperparameter(
 WEIGHTING = Hyperparameter(
     "weighting",
     "none",
-    "wpo: weight each pair by how likely the policy is to have written it",
+    "wpo: weight each pair by its likelihood under the policy",
     choices=("none", "wpo"),
     need=Need.COLLISION,
     off="none",
 )
 
 MODIFIERS = (LD_ALPHA, F_DIVERGENCE, F_ALPHA, WEIGHTING)
-"""What changes several losses in the same way; off unless given."""
+"""They change several losses in the same way, and are off unless given."""

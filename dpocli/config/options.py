@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model
 
 from dpocli.config.hyperparameters import Value
-from dpocli.config.loss_expression import LossChoice, choices_of, split_list
+from dpocli.config.loss_expression import LossChoice, choices_of
+from dpocli.config.loss_grammar import split_list
 from dpocli.config.losses import CATALOGUE, MIXTURES, all_hyperparameters, losses_using
 
 

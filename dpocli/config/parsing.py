@@ -15,7 +15,7 @@ from pydantic_core import ErrorDetails
 from dpocli import __version__
 from dpocli.config.commands import EvaluateOptions, TrainOptions
 from dpocli.config.flags import Option, OptionsModel, build_options, explain_unknown, given_keys, options_of, values_of
-from dpocli.config.loss_expression import text_of_terms
+from dpocli.config.loss_grammar import text_of_terms
 from dpocli.config.options import Options
 from dpocli.config.precedence import replaced_keys
 from dpocli.errors import UsageError

@@ -6,7 +6,8 @@ Two flags that exclude each other are an error, and so are two lines of one file
 from collections.abc import Mapping
 from itertools import permutations
 
-from dpocli.config.loss_expression import names_in, numbers_of
+from dpocli.config.loss_grammar import names_in
+from dpocli.config.losses import CATALOGUE
 from dpocli.config.options import NUMBERS_OF_LOSSES, DataOptions
 from dpocli.config.training_options import ADAMW_SETTINGS, LoraOptions
 
@@ -55,5 +56,5 @@ def _hyperparameters_of_another_loss(flag: str, file: str) -> set[str]:
         return set()
     # `sft` only accompanies a loss that compares the answers, at whatever place of the sum.
     first, first_before = ([name for name in names if name != "sft"] or names for names in (now, before))
-    kept = numbers_of(first[0]) if first and first_before and first[0] == first_before[0] else set()
+    kept = set(CATALOGUE[first[0]].accepts) if first and first_before and first[0] == first_before[0] else set()
     return set(NUMBERS_OF_LOSSES) - kept

@@ -1,91 +1,73 @@
-"""How far a long piece of work is: a live bar for people, a line now and then for log files."""
+"""Progress of long work: a live bar on a terminal, now and then a line in a log file."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, TextIO
+from typing import TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-def format_value(value: object) -> str:
-    """A value for people: floats to four significant figures, a dash for what is missing."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
 class Progress:
-    """How far a command is. Made by `Terminal.progress`."""
+    """Counts of a long piece of work, as `Console.progress` shows them. Without a display nothing is shown."""
 
     def __init__(
-        self, display: "Display", total: int | None, unit: str, initial: int, clock: Callable[[], float]
+        self,
+        display: "Bar | Lines | None" = None,
+        total: int | None = None,
+        unit: str = "pairs",
+        initial: int = 0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.total, self.unit, self.initial, self.done = total, unit, initial, initial
+        self.pairs = self.tokens = 0
+        self.values: dict[str, float | str] = {}
         self._display, self._clock, self._started = display, clock, clock()
-        self._state = _State(done=initial, total=total, unit=unit, initial=initial)
 
     def update(self, pairs: int = 0, tokens: int = 0, advance: int | None = None, **values: float | str | None) -> None:
-        """Something was finished.
+        """Count finished work.
 
         Args:
-            pairs: how many pairs, over all processes.
-            tokens: how many tokens, over all processes.
-            advance: by how much, of what `total` counts; by default one where that is steps, else the pairs.
+            pairs: pairs, over all processes.
+            tokens: tokens, over all processes.
+            advance: how many of `total`; by default 1 where the unit is steps, else `pairs`.
             values: shown beside the bar (`loss=0.69`) until others of the same names replace them.
         """
-        state = self._state
-        state.pairs += pairs
-        state.tokens += tokens
-        state.done += (1 if state.unit == "steps" else pairs) if advance is None else advance
-        state.seconds = self._clock() - self._started
-        state.values |= {name: value for name, value in values.items() if value is not None}
-        self._display.show(state)
+        self.pairs += pairs
+        self.tokens += tokens
+        self.done += (1 if self.unit == "steps" else pairs) if advance is None else advance
+        self.values |= {name: value for name, value in values.items() if value is not None}
+        if self._display:
+            self._display.show(self)
 
     def finish(self) -> None:
-        self._state.seconds = self._clock() - self._started
-        self._display.finish(self._state)
+        if self._display:
+            self._display.finish(self)
 
+    @property
+    def seconds(self) -> float:
+        return self._clock() - self._started
 
-class _State:
-    """The figures that a display shows."""
-
-    def __init__(self, done: int, total: int | None, unit: str, initial: int) -> None:
-        self.done, self.total, self.unit, self.initial = done, total, unit, initial
-        self.pairs = self.tokens = 0
-        self.seconds = 0.0
-        self.values: dict[str, float | str] = {}
-
-    def rates(self) -> str:
-        seconds = max(self.seconds, 1e-9)
-        figures = [f"{_short(self.pairs / seconds)} pairs/s", f"{_short(self.tokens / seconds)} tokens/s"]
-        return ", ".join(figures[: 1 + bool(self.tokens)]) if self.pairs else ""
-
-    def shown_values(self) -> str:
-        return ", ".join(f"{name} {format_value(value)}" for name, value in self.values.items())
-
+    @property
     def seconds_left(self) -> float | None:
+        """An estimate from this run's own pace; None where there is none."""
         finished = self.done - self.initial
         if self.total is None or finished <= 0:
             return None
         return self.seconds / finished * (self.total - self.done)
 
+    @property
+    def rates(self) -> str:
+        """Pairs and tokens per second; empty before the first pair."""
+        if not self.pairs:
+            return ""
+        seconds = max(self.seconds, 1e-9)
+        pairs, tokens = f"{_short(self.pairs / seconds)} pairs/s", f"{_short(self.tokens / seconds)} tokens/s"
+        return f"{pairs}, {tokens}" if self.tokens else pairs
 
-class Display(Protocol):
-    """Where the figures are shown."""
-
-    def show(self, state: _State) -> None: ...
-    def finish(self, state: _State) -> None: ...
-
-
-class Nothing:
-    """For every rank but the first."""
-
-    def show(self, state: _State) -> None:
-        pass
-
-    def finish(self, state: _State) -> None:
-        pass
+    @property
+    def shown_values(self) -> str:
+        return ", ".join(f"{name} {format_value(value)}" for name, value in self.values.items())
 
 
 class Lines:
@@ -95,28 +77,29 @@ class Lines:
         self._say, self._description = say, description
         self._last = 0.0
 
-    def show(self, state: _State) -> None:
-        if state.seconds - self._last < SECONDS_BETWEEN_LINES:
+    def show(self, progress: Progress) -> None:
+        seconds, done, total, left = progress.seconds, progress.done, progress.total, progress.seconds_left
+        if seconds - self._last < SECONDS_BETWEEN_LINES:
             return
-        self._last = state.seconds
-        left = state.seconds_left()
-        count = f"{state.done}" if not state.total else f"{state.done}/{state.total}"
-        share = "" if not state.total else f" ({state.done / state.total:.0%})"
-        self._line(f"{count} {state.unit}{share}", state, "" if left is None else f"{format_duration(left)} left")
+        self._last = seconds
+        count = f"{done}/{total} {progress.unit} ({done / total:.0%})" if total else f"{done} {progress.unit}"
+        self._line(
+            count, progress.rates, "" if left is None else f"{format_duration(left)} left", progress.shown_values
+        )
 
-    def finish(self, state: _State) -> None:
-        self._line(f"{state.done} {state.unit} in {format_duration(state.seconds)}", state, "")
+    def finish(self, progress: Progress) -> None:
+        count = f"{progress.done} {progress.unit} in {format_duration(progress.seconds)}"
+        self._line(count, progress.rates, progress.shown_values)
 
-    def _line(self, count: str, state: _State, left: str) -> None:
-        parts = (count, state.rates(), left, state.shown_values())
-        self._say(f"{self._description}: " + ", ".join(part for part in parts if part))
+    def _line(self, *parts: str) -> None:
+        self._say(f"{self._description}: {', '.join(filter(None, parts))}")
 
 
 class Bar:
-    """For people: a live bar."""
+    """For terminals: a live bar."""
 
     def __init__(self, stream: TextIO, description: str, total: int | None, unit: str, initial: int) -> None:
-        from tqdm import tqdm  # here, since --help should not wait for it
+        from tqdm import tqdm  # here, so that --help does not import it
 
         layout = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
         self._bar = tqdm(
@@ -129,20 +112,36 @@ class Bar:
             bar_format=layout if total else None,
         )
 
-    def show(self, state: _State) -> None:
-        self._bar.set_postfix_str(", ".join(part for part in (state.rates(), state.shown_values()) if part), False)
-        self._bar.update(state.done - self._bar.n)
+    def show(self, progress: Progress) -> None:
+        self._bar.set_postfix_str(", ".join(filter(None, (progress.rates, progress.shown_values))), False)
+        self._bar.update(progress.done - self._bar.n)
 
-    def finish(self, state: _State) -> None:
-        self.show(state)
+    def finish(self, progress: Progress) -> None:
+        self.show(progress)
         self._bar.close()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Take the bar away while something else is printed."""
+    def hidden(self) -> Iterator[None]:
+        """Clear the bar while something else is printed."""
         self._bar.clear()
         yield
         self._bar.refresh()
+
+
+def format_value(value: object) -> str:
+    """A value for people: floats with four significant figures, a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def format_duration(seconds: float) -> str:
+    """`m:ss`, or `h:mm:ss` from one hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _short(number: float) -> str:
@@ -150,10 +149,3 @@ def _short(number: float) -> str:
         if number >= factor:
             return f"{number / factor:.1f}{suffix}"
     return f"{number:.0f}" if number >= 10 else f"{number:.1f}"
-
-
-def format_duration(seconds: float) -> str:
-    """Minutes and seconds, with hours where there are any."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,7 +1,4 @@
-"""Pairs of tokens as tensors, and how many pairs go through the model at once.
-
-Batches are a matter of speed, never of meaning: nothing here may change a value beyond its last digits.
-"""
+"""Encoded pairs as tensors on the CPU, and their transfer to a device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,10 +13,7 @@ from dpocli.data.preference import EncodedPair, TokenIds, TokenMask
 
 @dataclass(frozen=True, slots=True)
 class PairBatch:
-    """Several pairs on the CPU, ragged: each field holds the tokens of all pairs one after the other, without padding.
-
-    How they are laid out for the model (padded, packed, prompts shared) is the scorer's business.
-    """
+    """Several pairs on the CPU, concatenated without padding. The scorer chooses the layout for the model."""
 
     prompt_ids: Tensor
     """Shape (prompt tokens of all pairs,), int64."""
@@ -56,7 +50,7 @@ class PairBatch:
         return [prompt + max(sides) for prompt, *sides in lengths]
 
     def largest_id(self) -> int:
-        """Of all tokens; cheap on the CPU, a synchronisation elsewhere."""
+        """The largest token id; cheap on the CPU, a synchronisation on a device."""
         return max(int(ids.max()) for ids in (self.prompt_ids, self.chosen_ids, self.rejected_ids))
 
     def __len__(self) -> int:
@@ -69,7 +63,7 @@ class PairBatch:
 
 
 def transfer(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`; from pinned memory, so that nobody waits for what the device still computes."""
+    """Copy a CPU tensor to `device`; through pinned memory, so that the copy does not wait for the device."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

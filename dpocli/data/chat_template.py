@@ -18,12 +18,12 @@ _PROBE = "dpocliprobe"
 
 @dataclass(frozen=True, slots=True)
 class TurnEnd:
-    """What the template prints after the words of the conversation's last message."""
+    """What the template prints after the content of the last message."""
 
     tokens: str
-    """The special tokens that end the turn (most often one); empty where the template ends turns without any."""
+    """The special tokens that end the turn, usually one; empty where the template prints none."""
     rest: str
-    """What follows them, which the model need not write."""
+    """What follows them; the model does not have to write it."""
 
 
 class ChatTemplate:
@@ -31,7 +31,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: any transformers tokenizer.
-        template_date: the day that it is for the template, at midnight.
+        template_date: the date that templates print; the time is midnight.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template_date: date):
@@ -54,10 +54,10 @@ class ChatTemplate:
         return self._render(self._template(preference), preference, messages, generation_prompt) if messages else ""
 
     def end_turn(self, preference: Preference, rendered: str) -> tuple[str, bool]:
-        """(the text up to and with its end-of-turn token, whether there is one).
+        """(the text up to and including its end-of-turn token, whether there is one).
 
-        What ends a turn is learned from a probe: templates may print another token after it (Phi-3 does). A row that
-        ends otherwise (a tool call has an end of its own in Llama 3) ends with the special token that stands last.
+        A probe finds what ends a turn, since templates may print another token after it (Phi-3). A row with another end
+        (a tool call in Llama 3) ends with its last special token.
         """
         turn_end = self._turn_end(preference)
         if turn_end and not turn_end.tokens:
@@ -78,11 +78,11 @@ class ChatTemplate:
         try:
             rendered = self._render(template, preference, messages, generation_prompt=False)
         except BadRowError:
-            return None  # a template with unusual demands: `end_turn` looks at each row's own end
+            return None  # a template with unusual demands: `end_turn` uses the end of each row
         _, found, tail = rendered.rpartition(_PROBE)
         if not found:
             return None
-        # The first special tokens after the words, as many as stand together (Command R7B prints two).
+        # The first run of special tokens after the content (Command R7B prints two).
         end = self._run.search(tail)
         return TurnEnd(end.group(), tail[end.end() :]) if end else TurnEnd("", "")
 
@@ -114,7 +114,7 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise UsageError(
                 f"The chat template of the tokenizer of --model is not valid (line {error.lineno}: {error.message}). "
-                "Mend chat_template.jinja, or the template in tokenizer_config.json, beside the model."
+                "Fix chat_template.jinja, or the template in tokenizer_config.json, beside the model."
             ) from error
         except (
             TemplateError,
@@ -132,10 +132,9 @@ class ChatTemplate:
 
 
 def _fixed_clock(day: date) -> Callable[[str], str]:
-    """What gives a template a `strftime_now` of that day, at midnight.
+    """Add a macro `strftime_now` of that day, at midnight, to templates that use it.
 
-    The function that transformers offers to templates reads the clock, and functions given as arguments do not reach
-    them. A macro in front of the template does, and touches nothing else.
+    The function of this name in transformers reads the clock, and arguments cannot replace it; a macro can.
     """
     values = {f"%{letter}": day.strftime(f"%{letter}") for letter in "aAbBcdfHIjmMpSUwWxXyY"}
     values |= {f"%-{letter}": day.strftime(f"%{letter}").lstrip("0") or "0" for letter in "dHIjmMS"}

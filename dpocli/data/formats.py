@@ -1,4 +1,4 @@
-"""Raw rows → `Preference`: every accepted form of a row, told apart by its fields."""
+"""Raw rows → `Preference`: every accepted row format, recognised by its fields."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -6,11 +6,11 @@ from typing import Any, NoReturn
 from dpocli.config.options import DataOptions
 from dpocli.data.messages import (
     FieldError,
-    as_turns,
     brief,
     parsed_json,
     read_messages,
     split_transcripts,
+    transcript_as_messages,
     type_name,
     without_none,
 )
@@ -19,32 +19,32 @@ from dpocli.data.row_file import RawRow
 from dpocli.errors import DataError
 
 MAX_NAMES = 8
-"""Fields of a row that a message lists."""
+"""Fields of a row that an error message lists."""
 
 CONVERSATIONS = "conversations"
 
 LARGEST_WEIGHT = 3.4e38
-"""float32, in which caches hold weights, goes a little further."""
+"""Just below the largest float32, the type of weights in caches."""
 
-_ON_ANY_ROW = ("system", "tools", "chat_template_kwargs", "source", "weight")
+_OPTIONAL_FIELDS = ("system", "tools", "chat_template_kwargs", "source", "weight")
 
-_SET_HERE = {
+_RESERVED_ARGUMENTS = {
     *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "tokenizer_kwargs", "padding", "truncation", "max_length", "sanitize_control_tokens"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
 }
-"""What dpocli itself says to the template or the tokenizer: a row that sets it would change what is scored."""
+"""Arguments that dpocli passes to the template or the tokenizer: a row that sets one would change what is scored."""
 
 Messages = tuple[Message, ...]
 
 TextParts = tuple[str, str, str]
 
 MessageParts = tuple[Messages, Messages, Messages]
-"""(prompt, chosen, rejected), as the texts are."""
+"""(prompt, chosen, rejected), as in `TextParts`."""
 
 
 class BadRowError(DataError):
-    """A row that cannot be read. The message is `where: field: what is wrong`, and what mends it."""
+    """A row that cannot be read. The message is `where: field: problem`, and how to fix it."""
 
     def __init__(self, where: str, field: str | None, problem: str):
         super().__init__(": ".join(part for part in (where, field, problem) if part) + ".")
@@ -53,17 +53,17 @@ class BadRowError(DataError):
 
 
 def required_field_names(options: DataOptions) -> list[str]:
-    """The fields that every row has, under the names given."""
+    """The fields that every row must have, under the names given by options."""
     return [options.chosen_field, options.rejected_field, *options.keep_columns]
 
 
 def field_names(options: DataOptions) -> list[str]:
-    """Every field that may matter, under the names given."""
-    return [*required_field_names(options), options.prompt_field, CONVERSATIONS, *_ON_ANY_ROW]
+    """All fields that are read, under the names given by options."""
+    return [*required_field_names(options), options.prompt_field, CONVERSATIONS, *_OPTIONAL_FIELDS]
 
 
 def to_preference(raw: RawRow, options: DataOptions) -> Preference:
-    """The preference that a row states.
+    """The preference in a row.
 
     Raises:
         BadRowError: a field is missing or of the wrong type, or the fields do not fit together.
@@ -162,7 +162,7 @@ def _split_messages(prompt_name: str, prompt: Any, chosen: Messages, rejected: M
 
 
 def _num_shared(chosen: Sequence[Message], rejected: Sequence[Message]) -> int:
-    """Leading messages that both have, leaving one at least to each that has any."""
+    """Number of leading messages that both share, so that at least one is left in each that has any."""
     longest = max(min(len(chosen), len(rejected)) - 1, 0)
     return next((index for index in range(longest) if chosen[index] != rejected[index]), longest)
 
@@ -175,7 +175,10 @@ def _wrap(text: TextParts, options: DataOptions) -> MessageParts:
     prompt, chosen, rejected = text
     if not prompt:
         raise FieldError(options.prompt_field, "missing; --text-as messages needs a text for the user turn")
-    (messages, chosen_turns), (_, rejected_turns) = as_turns(prompt, chosen), as_turns(prompt, rejected)
+    (messages, chosen_turns), (_, rejected_turns) = (
+        transcript_as_messages(prompt, chosen),
+        transcript_as_messages(prompt, rejected),
+    )
     return messages, chosen_turns, rejected_turns
 
 
@@ -214,7 +217,7 @@ def _read_template_kwargs(value: Any) -> dict[str, Any]:
     kwargs = without_none(_from_json(value, "chat_template_kwargs")) or {}
     if not isinstance(kwargs, dict):
         raise FieldError("chat_template_kwargs", f"an object is expected, found {type_name(kwargs)}")
-    if taken := sorted(_SET_HERE & kwargs.keys()):
+    if taken := sorted(_RESERVED_ARGUMENTS & kwargs.keys()):
         raise FieldError("chat_template_kwargs", f"{', '.join(taken)} cannot be set by a row; remove it")
     return kwargs
 
@@ -255,10 +258,10 @@ def _kept(fields: Mapping[str, Any], name: str) -> Any:
     return fields[name]
 
 
-def _missing(fields: Mapping[str, Any], name: str, mend: str) -> NoReturn:
+def _missing(fields: Mapping[str, Any], name: str, remedy: str) -> NoReturn:
     if name in fields:
         raise FieldError(name, "is null; fill it in or remove the row")
     names = [brief(field) for field in fields]
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     found = ", ".join(names[:MAX_NAMES]) + more or "nothing"
-    raise FieldError(name, f"missing; the row has {found}: {mend}")
+    raise FieldError(name, f"missing; the row has {found}: {remedy}")

@@ -16,11 +16,11 @@ from dpocli.errors import DataError
 BOM = b"\xef\xbb\xbf"
 
 INDEX_STRIDE = 256
-"""Rows between two entries of the byte offset index: what a seek reads for nothing, against memory."""
+"""Rows between two entries of the byte offset index. A seek reads up to this many rows too many."""
 
 
 class JsonLines(RowFile):
-    """A `.jsonl` or `.jsonl.gz` file. Blank lines are no rows; line numbers are the true ones."""
+    """A `.jsonl` or `.jsonl.gz` file. Blank lines are not rows, but count in line numbers."""
 
     def __init__(self, path: Path, first_row: int):
         self._path = path
@@ -43,7 +43,7 @@ class JsonLines(RowFile):
         offset, first_number = self._index[seek_point // INDEX_STRIDE]
         with open_binary(self._path) as file:
             if self._is_gzip:
-                first_number = 1  # the offset is one of the text, not of the file
+                first_number = 1  # offsets count uncompressed bytes, so gzip files are read from the start
             else:
                 file.seek(offset)
             with self._lines(file) as lines:
@@ -67,12 +67,12 @@ class JsonLines(RowFile):
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(
                 f"{self._path}: the gzip data is damaged or cut off ({error}). Copy or compress the file again; "
-                f"`gzip -t {self._path.name}` tells whether it is whole."
+                f"`gzip -t {self._path.name}` checks a copy."
             ) from error
 
 
 class JsonList(RowFile):
-    """A `.json` file that holds one list. It is decoded element by element, never as a whole."""
+    """A `.json` file that holds one list, decoded element by element."""
 
     def __init__(self, path: Path, first_row: int):
         self._path = path
@@ -80,7 +80,7 @@ class JsonList(RowFile):
             num_rows = sum(1 for _ in iterate_list(file, str(path)))
         super().__init__(path.name, first_row, num_rows, digest.hexdigest(), path)
 
-    def seek_point(self, row: int) -> int:  # noqa: ARG002  # elements have no marks to begin at
+    def seek_point(self, row: int) -> int:  # noqa: ARG002 - a list can only be read from its start
         return 0
 
     def items_from(self, seek_point: int) -> Generator[Any, None, None]:
@@ -95,7 +95,7 @@ class JsonList(RowFile):
 
 
 def open_json(path: Path, first_row: int) -> RowFile:
-    """A `.json` file: a list or, as many publish it under this name, one object per line."""
+    """A `.json` file: a list, or one object per line, which is often published under this name."""
     with open_binary(path) as file:
         start = file.read(4096).removeprefix(BOM).lstrip()
     return JsonLines(path, first_row) if start[:1] in (b"{", b"") else JsonList(path, first_row)
@@ -108,7 +108,7 @@ def _is_blank(number: int, line: bytes) -> bool:
 
 
 def _parse(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
-    """(fields, None), or (None, what is wrong with the line)."""
+    """(fields, None), or (None, problem)."""
     try:
         text = line.decode("utf-8").rstrip()
     except UnicodeDecodeError as error:
@@ -134,21 +134,21 @@ def _object_or_problem(value: Any) -> tuple[dict[str, Any] | None, str | None]:
 
 CHUNK_CHARACTERS = 1 << 18
 
-_WHITESPACE = " \t\r\n"
+_BLANKS = re.compile(r"[ \t\r\n]*")
 
 _LONGEST_LITERAL = 12
-"""No literal or escape is longer: an error this close to the end of the buffer may only mean that more must be read."""
+"""Longer than any literal or escape: an error closer to the end of the buffer may only mean that more must be read."""
 
 _STRUCTURE = re.compile(r"[\[\]{},:]")
 
-MEND = "Mend that place, or write the rows as JSON Lines (.jsonl), where one bad row leaves the others readable."
+_FIX = "Fix that place, or write the rows as JSON Lines (.jsonl), where a bad row does not affect the others."
 
 
 def iterate_list(file: BinaryIO, name: str) -> Iterator[Any]:
-    """The elements of the JSON list in `file`; memory is that of the largest element.
+    """The elements of the JSON list in `file`. Memory: the largest element.
 
     Raises:
-        DataError: no list, damaged, or cut off. `name` stands in the message.
+        DataError: not a list, damaged, or cut off. `name` is how messages call the file.
     """
     reader = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     try:
@@ -158,10 +158,16 @@ def iterate_list(file: BinaryIO, name: str) -> Iterator[Any]:
             f"{name}: not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}). Save it as UTF-8."
         ) from error
     finally:
-        reader.detach()  # closing the file is the caller's
+        reader.detach()  # the caller closes the file
 
 
 class _ListDecoder:
+    """Decodes a list with the standard library, element by element.
+
+    Not ijson: it replaces lone surrogates by `?`, refuses NaN, has no line numbers, and crashes on integers of thousands
+    of digits.
+    """
+
     def __init__(self, reader: io.TextIOWrapper, name: str):
         self._reader = reader
         self._name = name
@@ -172,74 +178,76 @@ class _ListDecoder:
         self._count = 0
 
     def elements(self) -> Iterator[Any]:
-        if self._next_character() != "[":
-            raise self._damaged("a JSON list of rows is expected")
-        self._position += 1
-        separator = "" if self._next_character() == "]" else ","
-        while separator == ",":
+        self._expect("[", "a JSON list of rows is expected")
+        more = self._peek() != "]"
+        while more:
             yield self._element()
             self._count += 1
-            separator = self._next_character()
-            if separator == ",":
+            if more := self._peek() == ",":
                 self._position += 1
-                if self._next_character() == "]":
+                if self._peek() == "]":
                     raise self._damaged("there is a comma before this closing bracket", "Take that comma out.")
-        if separator not in ("]", ""):
-            raise self._damaged("',' or ']' is expected")
-        if self._next_character() != "]":
-            raise self._cut_off()
-        self._position += 1
-        if self._next_character():
+        self._expect("]", "',' or ']' is expected")
+        if self._peek():
             raise self._damaged("something follows the list")
 
-    def _next_character(self) -> str:
-        """The next character that is no white space, not consumed; empty at the end of the file."""
+    def _peek(self) -> str:
+        """The next character that is not white space; empty at the end of the file."""
         while True:
-            while self._position < len(self._buffer):
-                if (character := self._buffer[self._position]) not in _WHITESPACE:
-                    return character
-                self._position += 1
+            match = _BLANKS.match(self._buffer, self._position)
+            assert match
+            self._position = match.end()
+            if self._position < len(self._buffer):
+                return self._buffer[self._position]
             if not self._read_more():
                 return ""
 
+    def _expect(self, character: str, problem: str) -> None:
+        found = self._peek()
+        if not found:
+            raise self._cut_off()
+        if found != character:
+            raise self._damaged(problem)
+        self._position += 1
+
     def _element(self) -> Any:
-        if not self._next_character():
+        if not self._peek():
             raise self._cut_off()
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._buffer, self._position)
             except json.JSONDecodeError as error:
-                offset = error.pos - self._position
-                if _may_be_cut(error):
+                in_string = error.msg.startswith("Unterminated string")
+                if in_string or error.pos >= len(self._buffer) - _LONGEST_LITERAL:
                     if self._read_more():
                         continue
-                    if _is_cut(error):
+                    if in_string or not _STRUCTURE.search(self._buffer, error.pos):
                         raise self._cut_off() from error
-                self._position += offset
+                self._position = error.pos
                 raise self._damaged(error.msg) from error
             except (ValueError, RecursionError) as error:
                 raise self._damaged(str(error)) from error
-            else:
-                # A number that ends with the buffer may go on.
-                if end < len(self._buffer) or not self._read_more():
-                    self._position = end
-                    return value
+            # A number at the end of the buffer may continue in the next chunk.
+            if end < len(self._buffer) or not self._read_more():
+                self._position = end
+                return value
 
     def _read_more(self) -> bool:
-        """Doubles what is left, so that an element of any length costs linear time."""
-        self._line, self._column = self._place()
-        rest = self._buffer[self._position :]
-        chunk = self._reader.read(max(CHUNK_CHARACTERS, len(rest)))
-        self._buffer, self._position = rest + chunk, 0
+        """Double the unread rest, so that an element of any length takes linear time. False at the end of the file."""
+        chunk = self._reader.read(max(CHUNK_CHARACTERS, len(self._buffer) - self._position))
+        if chunk:
+            self._line, self._column = self._place()
+            self._buffer, self._position = self._buffer[self._position :] + chunk, 0
         return bool(chunk)
 
     def _place(self) -> tuple[int, int]:
+        """Line and column of the position, counted from 1."""
         newlines = self._buffer.count("\n", 0, self._position)
         if not newlines:
             return self._line, self._column + self._position
         return self._line + newlines, self._position - self._buffer.rfind("\n", 0, self._position)
 
-    def _damaged(self, problem: str, remedy: str = MEND) -> DataError:
+    def _damaged(self, problem: str, remedy: str = _FIX) -> DataError:
         line, column = self._place()
         return DataError(f"{self._name}:{line}: column {column}: {problem} (after {self._count} whole rows). {remedy}")
 
@@ -247,12 +255,3 @@ class _ListDecoder:
         return DataError(
             f"{self._name}: the list is cut off after {self._count} whole rows. Copy or write the file again."
         )
-
-
-def _is_cut(error: json.JSONDecodeError) -> bool:
-    """Whether what stands at the end of a file is only the beginning of something."""
-    return error.msg.startswith("Unterminated string") or not _STRUCTURE.search(error.doc, error.pos)
-
-
-def _may_be_cut(error: json.JSONDecodeError) -> bool:
-    return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - _LONGEST_LITERAL

@@ -1,4 +1,4 @@
-"""Chat messages as people write them → chat messages as templates take them, checked."""
+"""Chat messages of any accepted format → checked messages for chat templates."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from dpocli.data.preference import Message
 from dpocli.data.row_file import surrogate_problem
 
 MAX_SHOWN = 60
-"""Characters of a value that a message repeats."""
+"""Characters of a value that an error message quotes."""
 
 HUMAN = "\n\nHuman:"
 
@@ -36,7 +36,7 @@ _NOT_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": 
 
 
 class FieldError(Exception):
-    """A field of a row is wrong. `forms` adds where the row stands."""
+    """A field of a row is wrong. `formats` adds the file and line."""
 
     def __init__(self, field: str, problem: str):
         super().__init__(field, problem)
@@ -45,10 +45,10 @@ class FieldError(Exception):
 
 
 def read_messages(value: Any, field: str) -> tuple[Message, ...]:
-    """The messages in `value`: a list of them, or a single one. `None` entries, which Parquet adds, are removed.
+    """The messages in `value`: a list, or a single one. Keys that are None, which Parquet adds, are removed.
 
     Raises:
-        FieldError: something in it is no message.
+        FieldError: an item is not a message.
     """
     items = [value] if isinstance(value, Mapping) else value
     if not isinstance(items, list | tuple):
@@ -109,10 +109,10 @@ def _function_calls(value: str, field: str) -> list[dict[str, Any]]:
 
 
 def parsed_json(text: str, field: str, expected: str) -> Any:
-    """The value of JSON that a row holds as text.
+    """The value of a JSON text inside a row.
 
     Raises:
-        FieldError: it is none, is nested too deep, or spells half a character.
+        FieldError: it is not JSON, is nested too deep, or holds a lone surrogate.
     """
     try:
         value = json.loads(text)
@@ -124,35 +124,35 @@ def parsed_json(text: str, field: str, expected: str) -> Any:
 
 
 def brief(value: object) -> str:
-    """A value as a message shows it: short."""
+    """A value, shortened for an error message."""
     try:
         text = repr(value)
-    except ValueError:  # an integer with more digits than Python spells
+    except ValueError:  # an integer with more digits than Python prints
         return f"a {type_name(value)} of thousands of digits"
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"
 
 
 def without_none(value: Any) -> Any:
-    """`value` without the entries of mappings that are None, at any depth."""
+    """`value` without keys that are None, at any depth."""
     if isinstance(value, Mapping):
         return {key: without_none(item) for key, item in value.items() if item is not None}
     return [without_none(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def says_something(messages: Sequence[Message]) -> bool:
-    """Whether an assistant message holds anything that the model would write."""
+    """Whether an assistant message has content that the model would write."""
     spoken = ("content", "tool_calls", "reasoning_content", "reasoning", "thinking")
     return any(any(message.get(key) for key in spoken) for message in messages if message["role"] == "assistant")
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """(prompt, chosen, rejected) of two texts that begin alike.
+    """(prompt, chosen, rejected) of two texts with a common prefix.
 
-    Transcripts (`\\n\\nHuman: … \\n\\nAssistant: …`) are split after the last `\\n\\nAssistant:` that both share, other
-    texts at the last word boundary that both share (the space belongs to the answer, as in tokens). Each answer keeps
-    a character at least where its text has one.
+    Transcripts (`\\n\\nHuman: … \\n\\nAssistant: …`) are split after the last shared `\\n\\nAssistant:`, other texts at the
+    last shared word boundary (the space belongs to the answer, as in tokens). Each answer keeps at least one character
+    where its text has one.
     """
-    shared = _common_prefix(chosen, rejected)
+    shared = common_prefix(chosen, rejected)
     if (marker := shared.rfind(ASSISTANT)) >= 0:
         end = marker + len(ASSISTANT)
     else:
@@ -162,13 +162,14 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
     return chosen[:end], chosen[end:], rejected[end:]
 
 
-def _common_prefix(first: str, second: str) -> str:
+def common_prefix(first: str, second: str) -> str:
+    """The longest text with which both texts begin."""
     pairs = zip(first, second, strict=False)
     return first[: next((index for index, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))]
 
 
-def as_turns(prompt: str, side: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    """A text prompt and an answer to it as (messages of the prompt, messages of the side)."""
+def transcript_as_messages(prompt: str, side: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """(messages of the prompt, messages of the side) of a text prompt and an answer to it."""
     if not prompt.startswith(HUMAN):
         return tuple(_turn("user", prompt) for _ in range(bool(prompt))), (_turn("assistant", side),)
     if not prompt.endswith(ASSISTANT):
@@ -188,7 +189,7 @@ def _turn(role: str, content: str) -> Message:
 
 
 def type_name(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """What a JSON value is, for an error message."""
     names = {type(None): "nothing", bool: "true or false", int: "a number", float: "a number", str: "text"}
     default = "an object" if isinstance(value, Mapping) else "a list" if isinstance(value, list | tuple) else None
     return names.get(type(value)) or default or type(value).__name__

@@ -1,7 +1,4 @@
-"""Pairs of tokens as tensors, and how many pairs go through the model at once.
-
-Batches are a matter of speed, never of meaning: nothing here may change a value beyond its last digits.
-"""
+"""Batch layouts, and the grouping of pairs into micro-batches. Affects speed and memory, not results."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -18,14 +15,14 @@ TokenCounts = NDArray[np.int64]
 
 
 class Layout(StrEnum):
-    """How pairs stand in the rows that go through the model. The first is the fastest, the last the simplest."""
+    """Batch layout of pairs. The first is the fastest, the last the simplest."""
 
     SHARED = "shared"
-    """One row: each prompt once, then both sides, of pair after pair."""
+    """One row of all pairs, for each: the prompt once, then both sides."""
     PACKED = "packed"
-    """One row: prompt + chosen, then prompt + rejected, of pair after pair."""
+    """One row of all pairs, for each: prompt + chosen, then prompt + rejected."""
     PADDED = "padded"
-    """Two rows a pair, padded on the right to the longest."""
+    """Two rows per pair, padded on the right to the longest."""
 
     @property
     def pads(self) -> bool:
@@ -38,7 +35,7 @@ class Layout(StrEnum):
     def size(
         self, prompt: int | TokenCounts, chosen: int | TokenCounts, rejected: int | TokenCounts
     ) -> int | TokenCounts:
-        """Tokens that a pair takes, from the tokens of its parts: numbers, or arrays of shape (pairs,)."""
+        """Tokens that a pair takes, from the tokens of its parts: integers, or arrays of shape (pairs,)."""
         match self:
             case Layout.SHARED:
                 return prompt + chosen + rejected
@@ -51,27 +48,27 @@ class Layout(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How pairs are put together for one forward pass: speed and memory, never values."""
+    """How pairs are grouped for one forward pass."""
 
     layout: Layout
     token_budget: int
     """Tokens of a pass, padding included."""
 
     def fixed_width(self, tokens: int) -> int:
-        """The width of a row for so many tokens, where few different ones are wanted: multiples of a 16th of the budget."""
+        """`tokens` rounded up to a multiple of a 16th of the budget, so that few different row widths occur."""
         step = max(128, self.token_budget // 16)
         return -(-tokens // step) * step
 
 
 def pack(sizes: Sequence[int], packing: Packing) -> list[list[int]]:
-    """Cuts pairs into micro-batches that stay within a budget.
+    """Group pairs into micro-batches within the token budget.
 
     Args:
         sizes: per pair, `Layout.size`.
-        packing: the layout and the budget; a pair beyond it goes alone.
+        packing: the layout and the budget; a larger pair is a micro-batch of its own.
 
     Returns:
-        Micro-batches of indices into `sizes`, longest pairs first, so that a shortage of memory shows at once.
+        Micro-batches of indices into `sizes`, longest pairs first, so that running out of memory happens early.
     """
     by_size = sorted(range(len(sizes)), key=lambda index: (-sizes[index], index))
     fill = _fill_padded if packing.layout.pads else _fill_rows
@@ -79,7 +76,7 @@ def pack(sizes: Sequence[int], packing: Packing) -> list[list[int]]:
 
 
 def _fill_padded(by_size: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Neighbours in size go together: every pair of a micro-batch takes as much as its largest."""
+    """Group pairs of similar size: padding gives every pair the size of the largest."""
     micro_batches: list[list[int]] = []
     largest = 0
     for index in by_size:
@@ -92,10 +89,10 @@ def _fill_padded(by_size: Sequence[int], sizes: Sequence[int], token_budget: int
 
 
 def _fill_rows(by_size: Sequence[int], sizes: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Best fit: each pair goes into the fullest row that still has room for it."""
+    """Best fit: put each pair into the fullest row that has room for it."""
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []
-    """(room left, which row), in order."""
+    """(room left, row), sorted."""
     for index in by_size:
         place = bisect_left(rooms, (sizes[index], -1))
         if place < len(rooms):
@@ -109,15 +106,15 @@ def _fill_rows(by_size: Sequence[int], sizes: Sequence[int], token_budget: int) 
 
 
 def deal(sizes: Sequence[int], ranks: int, packing: Packing) -> list[list[list[int]]]:
-    """Spreads the pairs of one global batch over ranks, each with the same number of micro-batches.
+    """Distribute the pairs of one global batch over ranks, with the same number of micro-batches on each.
 
-    Every rank computes the whole plan from the sizes alone, so no communication is needed to agree on it. Pairs are
-    dealt to and fro in order of size, which balances the ranks; a rank with too few micro-batches splits its own,
-    and one with too few pairs gets empty ones (it must still take part in the collectives of each pass).
+    Every rank computes the whole plan from the sizes, without communication. Pairs are dealt back and forth in order of
+    size, which balances the ranks. A rank with too few micro-batches splits its own; one with too few pairs gets empty
+    ones, since it must take part in the collectives of each pass.
 
     Args:
         sizes: as for `pack`.
-        ranks: how many there are.
+        ranks: number of ranks.
         packing: as for `pack`, on each rank.
 
     Returns:

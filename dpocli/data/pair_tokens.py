@@ -1,4 +1,4 @@
-"""Three id lists: their common prefix, their truncation, their name."""
+"""The tokens of a pair: common prefixes, masks, truncation, and the pair id."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from dpocli.data.preference import SkipReason, TokenIds, TokenMask
-from dpocli.data.rendering import SideText, TurnText
+from dpocli.data.rendering import RenderedSide, TurnPrefixes
 
 _NO_MASK = (2**64 - 1).to_bytes(8, "little")
-"""Stands where the length of a mask would: no mask is that long."""
+"""Hashed in place of the length of a mask: no mask is that long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class PairTokens:
         return max(len(self.chosen), len(self.rejected))
 
     @property
-    def both_count(self) -> bool:
+    def both_sides_count(self) -> bool:
         """Whether each side has a token that counts."""
         sides = ((self.chosen, self.chosen_mask), (self.rejected, self.rejected_mask))
         return all(len(ids) and (mask is None or mask.any()) for ids, mask in sides)
@@ -42,17 +42,16 @@ def common_prefix_length(first: TokenIds, second: TokenIds) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def canonical(mask: TokenMask) -> TokenMask | None:
-    """None where all tokens count, so that one meaning has one form (and one `pair_id`)."""
+def none_if_all(mask: TokenMask) -> TokenMask | None:
+    """The mask, or None where all tokens count, so that equal masks have one form (and one `pair_id`)."""
     return None if mask.all() else mask
 
 
 def truncate(tokens: PairTokens, max_length: int, truncation: str, num_bos: int) -> PairTokens | SkipReason:
     """The pair within `max_length` tokens of prompt + longer side, or why it must be skipped.
 
-    keep-start cuts the ends of the sides. keep-end drops from the left of the prompt after its `num_bos` leading
-    tokens; where less than one of the prompt's own tokens would be left, the pair is skipped (an answer without
-    its question is no preference). drop skips.
+    keep-start cuts the ends of the sides. keep-end cuts the prompt after its `num_bos` leading tokens; where no other
+    token of the prompt would be left, the pair is skipped (an answer without its question is no preference). drop skips.
     """
     excess = len(tokens.prompt) + tokens.num_longer_side - max_length
     if excess <= 0:
@@ -71,8 +70,8 @@ def truncate(tokens: PairTokens, max_length: int, truncation: str, num_bos: int)
         tokens,
         chosen=tokens.chosen[:room],
         rejected=tokens.rejected[:room],
-        chosen_mask=None if tokens.chosen_mask is None else canonical(tokens.chosen_mask[:room]),
-        rejected_mask=None if tokens.rejected_mask is None else canonical(tokens.rejected_mask[:room]),
+        chosen_mask=None if tokens.chosen_mask is None else none_if_all(tokens.chosen_mask[:room]),
+        rejected_mask=None if tokens.rejected_mask is None else none_if_all(tokens.rejected_mask[:room]),
         truncated=True,
     )
 
@@ -97,26 +96,27 @@ def pair_id(
 
 
 def side_mask(
-    side: SideText, ids: TokenIds, marks: Sequence[TokenIds], num_prompt: int, end_tokens: TokenIds
+    side: RenderedSide, ids: TokenIds, prefixes: Sequence[TokenIds], num_prompt: int, end_tokens: TokenIds
 ) -> tuple[TokenMask | None, int]:
-    """(mask of `ids`, number of turns that stay masked because their end is uncertain).
+    """Which tokens of a side count: the assistant's turns.
 
-    Places are found as the prompt is: by the tokens that a text and the whole conversation begin with. A token that
-    merges over the start of a turn is the turn's; one that merges over its end is not.
+    A turn is located as the prompt is: by the tokens that a prefix and the whole conversation begin with. A token that
+    merges over the start of a turn belongs to the turn; one that merges over its end does not.
 
     Args:
         side: the texts.
         ids: tokens of prompt and side, shape (tokens,).
-        marks: tokens of `side.marks`.
+        prefixes: tokens of `side.prefixes`.
         num_prompt: how many of `ids` are the prompt.
         end_tokens: the tokens that may end a turn.
 
     Returns:
-        The mask, shape (tokens,), None where all of the side counts.
+        (mask of shape (tokens,), or None where the whole side counts; number of turns that are masked because their end
+        is uncertain).
     """
     if side.turns is None:
         return None, 0
-    left = iter(marks)
+    left = iter(prefixes)
     starts, ends = [], []
     for turn in side.turns:
         starts.append(num_prompt if turn.start is None else common_prefix_length(next(left), ids))
@@ -132,16 +132,16 @@ def side_mask(
 
 
 def _end(
-    text: str, ids: TokenIds, turn: TurnText, end_ids: TokenIds, start: int, limit: int, end_tokens: TokenIds
+    text: str, ids: TokenIds, turn: TurnPrefixes, end_ids: TokenIds, start: int, limit: int, end_tokens: TokenIds
 ) -> int | None:
-    """Where a turn in the middle of a side ends, None where that is uncertain."""
+    """The end of a turn in the middle of a side, None where it is uncertain."""
     shared = common_prefix_length(end_ids, ids)
     if turn.end is not None and text.startswith(turn.end):
         return shared
-    # The template may end the last turn of a conversation with another token than the turns before (gpt-oss).
+    # The template may end the last turn of a conversation with another token than earlier turns (gpt-oss).
     if shared == len(end_ids) - 1 and shared < len(ids) and ids[shared] in end_tokens:
         return shared + 1
-    # It may print the words otherwise where they come last (Qwen3: with a think block), and end the turn alike.
+    # It may print the last turn differently (Qwen3: with a think block) and end it the same way.
     if end_ids[-1] in end_tokens and len(ends := np.flatnonzero(ids[start:limit] == end_ids[-1])):
         return start + int(ends[0]) + 1
     return None

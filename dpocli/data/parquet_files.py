@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dpocli.data.row_file import RawRow, RowFile, file_sha256
-from dpocli.errors import DataError
+from dpocli.errors import DataError, brief_message
 
 BATCH_ROWS = 256
 
@@ -22,8 +22,8 @@ class Parquet(RowFile):
     Args:
         path: the file.
         first_row: index of its first row in the whole data set.
-        columns: the columns that may matter, those that it need not have included.
-        required: without all of these there is an error to come, and all columns are read for the message's sake.
+        columns: the columns to read where they exist.
+        required: the columns that must exist; without one, all columns are read, so that the error can list them.
     """
 
     def __init__(self, path: Path, first_row: int, columns: Sequence[str], required: Sequence[str]):
@@ -56,8 +56,9 @@ class Parquet(RowFile):
         return RawRow(self.first_row + row, f"{self.name}: row {row + 1}", item)
 
     def _damaged(self, error: Exception) -> DataError:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        return DataError(f"{self._path}: not a Parquet file that can be read ({reason}). Copy or write it again.")
+        return DataError(
+            f"{self._path}: not a Parquet file that can be read ({brief_message(error)}). Copy or write it again."
+        )
 
 
 class DatasetRows(RowFile):
@@ -81,15 +82,15 @@ class DatasetRows(RowFile):
 
 
 def select_columns(names: Sequence[str], wanted: Sequence[str], required: Sequence[str]) -> list[str]:
-    """Those of `names` that matter; all where a required one is missing, so that the error can name what is there."""
+    """The wanted columns among `names`; all where a required one is missing, so that the error can list them."""
     if set(required) <= set(names):
         return [name for name in names if name in wanted]
     return list(names)
 
 
 def _dataset_sha256(dataset: Any) -> str:
-    """Hash of its Arrow files, which a copy shares (of the library's fingerprint where it has none) and of its split."""
+    """Hash of its split and its Arrow files, or of the library's fingerprint where it has no files."""
     files = [Path(file["filename"]) for file in dataset.cache_files]
     parts = [file_sha256(path) for path in files] or [dataset._fingerprint]
-    parts.append(str(dataset.split))  # `train[10:20]` is a part of the same files
+    parts.append(str(dataset.split))  # `train[10:20]` reads the same files
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What the stages of `data` hand to each other: a preference as written, and the same preference as tokens."""
+"""The types of `data`: a preference as written, and the same preference as tokens."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Message = Mapping[str, Any]
-"""A chat message as templates take it: `role`, `content`, perhaps `tool_calls` and whatever else the template reads."""
+"""A chat message for templates: `role`, `content`, `tool_calls`, and other keys that the template reads."""
 
 TokenIds = NDArray[np.int32]
 
@@ -18,7 +18,7 @@ TokenMask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One row of the input, whatever its form was: a prompt and the two answers to it.
+    """One row of the input: a prompt and the two answers to it.
 
     Either all three of prompt, chosen and rejected are text, or all three are messages (the prompt may be empty).
     """
@@ -35,7 +35,7 @@ class Preference:
     source: str = ""
     weight: float = 1.0
     kept: Mapping[str, Any] = field(default_factory=dict)
-    """The columns named by `--keep-columns`, as they stood."""
+    """The columns named by `--keep-columns`, unchanged."""
 
     @property
     def is_text(self) -> bool:
@@ -43,7 +43,7 @@ class Preference:
 
 
 class SkipReason(StrEnum):
-    """Why a row gave no pair. The values stand in footers, summaries and messages."""
+    """Why a row gave no pair. Footers, summaries and messages hold the values."""
 
     EMPTY = "a side is empty"
     IDENTICAL = "the sides are identical"
@@ -56,17 +56,18 @@ class SkipReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A row that gave no pair, and why."""
+    """A row that gave no pair, and why. Footers of cache parts list the first ones."""
 
     row: int
     where: str
-    reason: SkipReason
+    reason: str
+    """A `SkipReason`, or one of another version of dpocli, read from a footer."""
     detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceLogps:
-    """Log-probs (nats) that the frozen reference gives to every token of the two sides, masked ones included."""
+    """Log-probs (nats) of every token of the two sides under the frozen reference, masked tokens included."""
 
     chosen: NDArray[np.float32]
     """Shape (chosen tokens,)."""
@@ -78,7 +79,7 @@ class ReferenceLogps:
 class EncodedPair:
     """One preference as tokens. The sequences scored are prompt + chosen and prompt + rejected.
 
-    A mask says which tokens of a side count (what the assistant wrote); None where all do.
+    A mask selects the tokens of a side that count (what the assistant wrote); None where all do.
     """
 
     row: int
@@ -93,7 +94,7 @@ class EncodedPair:
     num_turns: int = 1
     truncated: bool = False
     prompt_hash: int = 0
-    """64 bits of a hash of the prompt as written: equal prompts have equal ones, however their tokens were cut."""
+    """64 bits of a hash of the prompt's text, so that truncation does not change it."""
     kept: Mapping[str, Any] = field(default_factory=dict)
     reference: ReferenceLogps | None = None
     """None until a reference has scored the pair, and for reference-free training."""
@@ -110,7 +111,7 @@ class EncodedPair:
 
     @property
     def num_tokens_longer(self) -> int:
-        """Tokens of prompt + the longer side: the width that the pair needs."""
+        """Tokens of prompt + the longer side, which `--max-length` bounds."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
     @property

@@ -1,4 +1,4 @@
-"""What every input file gives: raw rows, a content hash, and reading from any row on."""
+"""Base of the input files: raw rows, a content hash, and reading from any row."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
-    """One row as it stands in the input: an object, or the reason why there is none."""
+    """One row of the input: an object, or the problem that it has."""
 
     row: int
     """Index in the whole data set, counted over all files in the order given."""
@@ -29,12 +29,12 @@ class RawRow:
     """`prefs.jsonl:17` (lines count from 1) or `prefs.parquet: row 17` (rows of the file count from 1)."""
     fields: Mapping[str, Any] | None
     problem: str | None = None
-    """What is wrong where `fields` is None; the caller decides whether that stops it."""
+    """The problem where `fields` is None; the caller decides whether to stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class ContentPart:
-    """What one input file holds. The hash and the order decide values; the name is for messages only."""
+    """Content of one input file. The hash and the order decide values; the name is for messages only."""
 
     name: str
     sha256: str
@@ -50,7 +50,7 @@ class _Cursor:
 class RowFile(ABC):
     """One input file (or data set) whose rows can be read from any row on.
 
-    Reading keeps its place: tiles read one after another cost one pass, also where a file can only be read from its
+    The position is kept between reads: consecutive ranges take one pass, also where a file can only be read from its
     start. One reader at a time.
 
     Args:
@@ -58,7 +58,7 @@ class RowFile(ABC):
         first_row: index of its first row in the whole data set.
         num_rows: how many rows it has.
         sha256: hash of its bytes.
-        path: the file itself, to see that it stays as it was.
+        path: the file itself, to detect changes.
     """
 
     def __init__(self, name: str, first_row: int, num_rows: int, sha256: str, path: Path | None = None):
@@ -72,15 +72,15 @@ class RowFile(ABC):
 
     @abstractmethod
     def seek_point(self, row: int) -> int:
-        """The last row, at or before `row`, where reading can begin without reading what comes before it."""
+        """The last row at or before `row` from which reading can start."""
 
     @abstractmethod
     def items_from(self, seek_point: int) -> Generator[Any, None, None]:
-        """Whatever `to_row` makes a row of, from a seek point to the end of the file."""
+        """What `to_row` parses, one item a row, from a seek point to the end of the file."""
 
     @abstractmethod
     def to_row(self, row: int, item: Any) -> RawRow:
-        """The item of row `row` (counted in this file), read."""
+        """Parse the item of row `row`, counted in this file."""
 
     def read(self, start: int, stop: int) -> Iterator[RawRow]:
         """Rows [start, stop), counted in this file.
@@ -107,7 +107,7 @@ class RowFile(ABC):
     def _changed(self) -> DataError:
         return DataError(
             f"{self._file or self.name}: changed while it was being read ({self.num_rows} rows when it was opened). "
-            "Let nothing write to it and run the same line again."
+            "Stop what writes to it and run the same command again."
         )
 
 
@@ -119,7 +119,7 @@ def _signature(path: Path | None) -> tuple[int, int] | None:
 
 
 class HashingReader(io.RawIOBase):
-    """Reads a file and hashes what passes, so that counting and hashing are one pass over the bytes."""
+    """Hashes what is read, so that counting and hashing take one pass."""
 
     def __init__(self, file: io.BufferedReader, digest: "_Hash"):
         self._file = file
@@ -137,7 +137,7 @@ class HashingReader(io.RawIOBase):
 
 @contextmanager
 def open_hashed(path: Path) -> Iterator[tuple[BinaryIO, "_Hash"]]:
-    """The file, and the hash of its bytes: complete once the block ends, whatever was read inside it."""
+    """The file, and the hash of its bytes, which is complete when the block ends."""
     digest = hashlib.sha256()
     with open_binary(path) as file, io.BufferedReader(HashingReader(file, digest), BLOCK_BYTES) as buffered:
         yield buffered, digest
@@ -167,7 +167,7 @@ def file_sha256(path: Path) -> str:
 
 
 def surrogate_problem(text: str) -> str | None:
-    """JSON can spell half a character (`\\ud83d` alone), which no tokenizer takes."""
+    """A message about a lone surrogate (`\\ud83d`), which JSON can hold and tokenizers refuse; None without one."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""`--data` → raw rows: finds the files, counts and hashes them once, and reads any range of their rows."""
+"""`--data` → raw rows: find the files, count and hash them in one pass, read any range of rows."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -11,9 +11,7 @@ from dpocli.data.formats import field_names, required_field_names
 from dpocli.data.json_files import JsonLines, open_json
 from dpocli.data.parquet_files import DatasetRows, Parquet
 from dpocli.data.row_file import ContentPart, RawRow, RowFile
-from dpocli.errors import DataError, UsageError
-
-__all__ = ["ContentPart", "RawRow", "SourceRows", "open_rows"]
+from dpocli.errors import DataError, UsageError, brief_message
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -29,11 +27,11 @@ class SourceRows:
 
     @property
     def content(self) -> list[ContentPart]:
-        """What the files hold, for the fingerprint."""
+        """Content of the files, for the fingerprint."""
         return [file.content for file in self.files]
 
     def read(self, start: int, stop: int) -> Iterator[RawRow]:
-        """Rows [start, stop), counted over all files. Ranges read one after another cost one pass over the files.
+        """Rows [start, stop), counted over all files. Consecutive ranges take one pass over the files.
 
         Raises:
             DataError: a file is damaged, or changed since it was opened.
@@ -46,10 +44,10 @@ class SourceRows:
 
 
 def open_rows(options: DataOptions) -> SourceRows:
-    """Find, count and hash what `--data` names: one pass over the bytes of every file.
+    """Find, count and hash the files that `--data` names, in one pass over each.
 
     Raises:
-        UsageError: there is no such file or data set, or none of a kind that can be read.
+        UsageError: there is no such file or data set, or its format is not supported.
         DataError: a file is damaged or has no rows.
     """
     if not options.files:
@@ -125,7 +123,7 @@ def _open_saved(path: Path, options: DataOptions, first_row: int) -> RowFile:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # the library raises errors of many kinds for damaged files
         raise DataError(
-            f"{path}: the saved data set cannot be loaded ({_first_line(error)}). Save it again."
+            f"{path}: the saved data set cannot be loaded ({brief_message(error)}). Save it again."
         ) from error
     if isinstance(loaded, datasets.DatasetDict):
         if options.data_split not in loaded:
@@ -144,7 +142,7 @@ def _open_hub(name: str, options: DataOptions, first_row: int) -> RowFile:
     except Exception as error:  # connection, permission, name, split: the library raises errors of many kinds
         raise UsageError(
             f"--data {name}: there is no such file or directory here, and no data set of that name could be loaded "
-            f"from the hub (split {options.data_split}: {_first_line(error)}). Check the name and the connection, or "
+            f"from the hub (split {options.data_split}: {brief_message(error)}). Check the name and the connection, or "
             "download the files and name them."
         ) from error
     return _dataset_rows(name, dataset, options, first_row)
@@ -152,7 +150,3 @@ def _open_hub(name: str, options: DataOptions, first_row: int) -> RowFile:
 
 def _dataset_rows(name: str, dataset: Any, options: DataOptions, first_row: int) -> RowFile:
     return DatasetRows(name, dataset, first_row, field_names(options), required_field_names(options))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

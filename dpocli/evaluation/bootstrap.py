@@ -1,10 +1,10 @@
-"""How sure a mean over pairs is: intervals from resampled prompts, the same every time.
+"""Confidence intervals of means over pairs, from resampled prompts; the same values give the same interval.
 
-Pairs of one prompt resemble each other, so where prompts repeat it is they that are drawn anew and not pairs (the cluster
-bootstrap: Cameron, Gelbach and Miller 2008, "Bootstrap-based improvements for inference with clustered errors"). Intervals
-are percentiles (Efron 1979), which are too narrow for few prompts; so they are widened about the mean as much as Student's t
-is wider than the normal distribution, and a resample of n is narrower than its n allow (Hesterberg 2015, "What teachers
-should know about the bootstrap", section 3.2, there by other percentiles).
+Pairs of one prompt resemble each other, so prompts are resampled and not pairs (the cluster bootstrap: Cameron, Gelbach and
+Miller 2008, "Bootstrap-based improvements for inference with clustered errors"). Intervals are percentiles (Efron 1979),
+which are too narrow for few prompts. They are widened about the mean by the ratio of Student's t to the normal
+distribution, and by √(n / (n - 1)), since a resample of n varies too little (Hesterberg 2015, "What teachers should know
+about the bootstrap", section 3.2, there by other percentiles).
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ RESAMPLES = 1000
 SEED = 0x5EED
 
 NUMBERS_AT_ONCE = 1 << 20
-"""Drawn in one piece, which bounds the memory."""
+"""Random numbers drawn in one piece, which bounds the memory."""
 
 FEW_DIFFER = 30
-"""Prompts that are not like all others, below which exact bounds hold beside the resamples."""
+"""Prompts that differ from all others, below which exact bounds hold beside the resamples."""
 
 FEW_KINDS = 16
-"""Clusters per distinct cluster, from which on it is cheaper to draw how often each kind comes than to draw clusters."""
+"""Clusters per distinct cluster, from which on it is cheaper to draw counts of each kind than clusters."""
 
 Interval = tuple[float, float]
 
@@ -38,10 +38,10 @@ SHARE, DIFFERENCE_OF_SHARES = (0.0, 1.0), (-1.0, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """Which pairs are drawn together: those of one prompt."""
+    """Which pairs are resampled together: pairs of one prompt."""
 
     codes: NDArray[np.int64]
-    """Of each pair, which cluster it is in. Shape (pairs,)."""
+    """Number of the cluster of each pair, shape (pairs,)."""
     count: int
 
     @classmethod
@@ -56,11 +56,11 @@ class Clusters:
         return self.count < len(self.codes)
 
     def where(self, chosen: NDArray[np.bool_] | NDArray[np.int64]) -> "Clusters":
-        """Of some of the pairs, by mask or by position."""
+        """The clusters of some of the pairs, by mask or by position."""
         return Clusters.of(self.codes[chosen])
 
     def describe(self) -> dict[str, Any]:
-        """What `metrics.json` says of its intervals."""
+        """How intervals are made, for `metrics.json`."""
         method = "bootstrap over prompts" if self.repeat else "bootstrap over pairs"
         return {"level": LEVEL, "method": method, "resamples": RESAMPLES}
 
@@ -73,22 +73,21 @@ def mean_interval(
     resamples: int = RESAMPLES,
     seed: int = SEED,
 ) -> Interval | None:
-    """The interval that holds the mean of all pairs like these with 95% probability.
+    """The 95% interval of the mean over all pairs like these.
 
-    Where all prompts are alike every resample is like the sample, and the bootstrap would be sure of what a handful of pairs
-    say. Values with bounds then have the exact binomial bound over prompts (Clopper and Pearson 1934): so large may the
-    share of prompts be that lie at the end of the range instead, and were not drawn. Of a single prompt values without
-    bounds say nothing.
+    Where all prompts are alike, every resample is like the sample, and the bootstrap would be certain after a handful of
+    pairs. Values with bounds then have the exact binomial bound over prompts (Clopper and Pearson 1934): the largest share
+    of prompts that may lie at the end of the range without having been drawn.
 
     Args:
         values: of each pair, shape (pairs,), finite.
         clusters: of the pairs.
-        within: what values there can be, as for `share_interval`.
-        resamples: how often all clusters are drawn anew, with replacement.
-        seed: of the draws; with equal values, prompts and seed the interval is the same.
+        within: the range of values, `SHARE` or `DIFFERENCE_OF_SHARES`; None: without bounds.
+        resamples: number of resamples, each with replacement.
+        seed: of the draws.
 
     Returns:
-        Its ends, or None where nothing can be said.
+        Its ends; None for values without bounds of a single prompt.
     """
     sums = np.bincount(clusters.codes, weights=values, minlength=clusters.count).astype(np.float64, copy=False)
     sizes = np.bincount(clusters.codes, minlength=clusters.count).astype(np.float64)
@@ -100,7 +99,7 @@ def mean_interval(
     if clusters.count == 1:
         return None
     generator = np.random.default_rng(seed)
-    # What counts of a cluster is its sum and its size. With rights and wrongs there are few distinct ones.
+    # Of a cluster only its sum and its size matter. Where pairs are right or wrong, few of them are distinct.
     kinds, counts = np.unique(sums + 1j * sizes, return_counts=True)
     if len(kinds) * FEW_KINDS <= clusters.count or len(kinds) == 1:
         draws = generator.multinomial(clusters.count, counts / clusters.count, size=resamples)
@@ -115,16 +114,25 @@ def mean_interval(
     return float(ends[0]), float(ends[1])
 
 
-def _exact_where_few_differ(each: NDArray[np.float64], within: Interval) -> Iterator[Interval]:
-    """Intervals that the bootstrap's may not be narrower than, where all but a few prompts are alike: its resamples then
-    take few values, and it is surer of 39 out of 40 than of 40.
+def share_interval(
+    right: NDArray[Any], clusters: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED
+) -> Interval:
+    """The 95% interval of a share of pairs. `right`: between 0 and 1, shape (pairs,)."""
+    found = mean_interval(right, clusters, SHARE, resamples=resamples, seed=seed)
+    assert found
+    return found
 
-    The bound on the share of prompts that differ is the exact binomial one, times how far those differ that were seen. Of
-    differences, which are alike at 0, it is the bound on the share of those that go up (the sign test).
+
+def _exact_where_few_differ(each: NDArray[np.float64], within: Interval) -> Iterator[Interval]:
+    """Intervals that the bootstrap's must contain where all but a few prompts are alike: resamples then take few values,
+    and the bootstrap would be more certain of 39 out of 40 than of 40.
+
+    The bound is the exact binomial one on the share of prompts that differ, times their mean distance. Of differences,
+    which are alike at 0, it is the bound on the share that goes up (the sign test).
 
     Args:
         each: means of prompts, shape (prompts,).
-        within: what values there can be.
+        within: the range of values.
     """
     count, (least, most) = len(each), within
     if least < 0 < most:
@@ -143,7 +151,7 @@ def _exact_where_few_differ(each: NDArray[np.float64], within: Interval) -> Iter
 
 
 def _largest_share(found: int, count: int) -> float:
-    """The largest share of which so few may well be found: the upper end of the interval of Clopper and Pearson (1934)."""
+    """The upper end of the interval of Clopper and Pearson (1934) for `found` of `count`."""
     if found == count:
         return 1.0
     low, high = found / count, 1.0
@@ -155,23 +163,14 @@ def _largest_share(found: int, count: int) -> float:
     return (low + high) / 2
 
 
-def share_interval(
-    right: NDArray[Any], clusters: Clusters, *, resamples: int = RESAMPLES, seed: int = SEED
-) -> Interval:
-    """The same for a share of pairs, `right` being between 0 and 1."""
-    found = mean_interval(right, clusters, SHARE, resamples=resamples, seed=seed)
-    assert found
-    return found
-
-
 def _widening(count: int) -> float:
-    """How much wider an interval of so many clusters is than its percentiles: t / z * sqrt(n / (n - 1))."""
+    """Ratio of an interval of `count` clusters to its percentiles: t / z * sqrt(n / (n - 1))."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     return _student_t(count - 1) / z * float(np.sqrt(count / (count - 1)))
 
 
 def _student_t(freedom: int) -> float:
-    """Its quantile at the upper end of the interval, to 1%: in closed form for 1 and 2 degrees of freedom, else by the
+    """Student's t at the upper end of the interval, to 1%: in closed form for 1 and 2 degrees of freedom, else by the
     expansion of Cornish and Fisher (Abramowitz and Stegun 1964, 26.7.5)."""
     p = (1 + LEVEL) / 2
     if freedom == 1:
@@ -179,11 +178,7 @@ def _student_t(freedom: int) -> float:
     if freedom == 2:
         return float((2 * p - 1) / np.sqrt(2 * p * (1 - p)))
     z = NormalDist().inv_cdf(p)
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
+    terms = ((z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
     return float(z + sum(term / freedom**power for power, term in enumerate(terms, start=1)))
 
 

@@ -1,4 +1,4 @@
-"""What per-pair values say about a model: pure functions of columns, shapes (pairs,), each with its uncertainty."""
+"""Figures of a model from per-pair values: pure functions of columns, shapes (pairs,), with intervals."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ Floats = NDArray[np.float64]
 
 
 def half_of_ties(margins: Floats) -> Floats:
-    """1 where a pair is right, 0.5 where it is a tie, else 0: a model that knows nothing has 0.5 on average."""
+    """1 where a pair is right, 0.5 where it is a tie, else 0: a model without any knowledge has 0.5 on average."""
     return np.asarray((margins > 0) + 0.5 * (margins == 0))
 
 
@@ -26,41 +26,35 @@ def share(right: NDArray[Any], clusters: Clusters) -> dict[str, Any]:
 
 
 def rewards(chosen: Floats, rejected: Floats, noise: Floats, clusters: Clusters) -> dict[str, Any]:
-    """What the rewards of one loss say.
+    """Figures of the rewards of one loss.
 
     Args:
         chosen: rewards of the chosen side.
-        rejected: of the other.
-        noise: how far a margin may be off by rounding; the unit is that of the rewards.
+        rejected: rewards of the other.
+        noise: rounding error of the margins, in the unit of the rewards.
         clusters: of the pairs.
     """
-    margins, right = chosen - rejected, chosen > rejected
-    half = half_of_ties(margins)
+    margins = chosen - rejected
+    accuracy, ties_half = share(chosen > rejected, clusters), share(half_of_ties(margins), clusters)
     of_margins = mean_interval(margins, clusters)
+    quantiles = zip(QUANTILES, np.quantile(margins, QUANTILES), strict=True)
     return {
-        "rewards/accuracies": float(right.mean()),
-        "rewards/accuracies_interval": list(share_interval(right, clusters)),
-        "rewards/accuracies_ties_half": float(half.mean()),
-        "rewards/accuracies_ties_half_interval": list(share_interval(half, clusters)),
+        "rewards/accuracies": accuracy["value"],
+        "rewards/accuracies_interval": accuracy["interval"],
+        "rewards/accuracies_ties_half": ties_half["value"],
+        "rewards/accuracies_ties_half_interval": ties_half["interval"],
         "rewards/ties": float((chosen == rejected).mean()),
         "rewards/within_noise": float((np.abs(margins) <= noise).mean()),
         "rewards/margins": float(margins.mean()),
         "rewards/margins_interval": list(of_margins) if of_margins else None,
-        "rewards/margins_quantiles": {
-            f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(margins, QUANTILES), strict=True)
-        },
+        "rewards/margins_quantiles": {f"{share:g}": float(value) for share, value in quantiles},
         "rewards/chosen": float(chosen.mean()),
         "rewards/rejected": float(rejected.mean()),
     }
 
 
 def accuracies(columns: Mapping[str, NDArray[Any]], clusters: Clusters) -> dict[str, Any]:
-    """How often the preferred answer wins by other measures than the reward; those of the reference where there is one.
-
-    Args:
-        columns: of `pairs.parquet`.
-        clusters: of the pairs.
-    """
+    """How often the chosen answer wins by other measures than the reward. `columns`: of `pairs.parquet`."""
     policy = columns["policy_chosen_logps"], columns["policy_rejected_logps"]
     tokens = columns["chosen_tokens"], columns["rejected_tokens"]
     reference = _reference(columns)
@@ -83,8 +77,8 @@ def pick_the_longer(chosen_tokens: NDArray[Any], rejected_tokens: NDArray[Any]) 
 def over_length(
     margins: Floats, chosen_tokens: NDArray[Any], rejected_tokens: NDArray[Any], clusters: Clusters
 ) -> dict[str, Any]:
-    """How much more often the reward is right than the better one of always picking the longer and always the shorter
-    answer, pair by pair. Ties, of rewards and of lengths, are right by half."""
+    """Accuracy less the accuracy of always picking the longer, or always the shorter answer, whichever is right more often;
+    pair by pair. Ties, of rewards and of lengths, count half."""
     longer = pick_the_longer(chosen_tokens, rejected_tokens)
     rule, by_rule = ("longer", longer) if longer.mean() >= 0.5 else ("shorter", 1 - longer)
     return {"rule": rule, "rule_accuracy": float(by_rule.mean())} | difference(
@@ -119,16 +113,12 @@ def log_ratios(columns: Mapping[str, NDArray[Any]]) -> dict[str, float]:
 
 
 def calibration(margins: Floats, clusters: Clusters) -> dict[str, Any]:
-    """How good σ(margin) is as the probability that the chosen answer is the preferred one (Bradley and Terry 1952).
+    """How well σ(margin) predicts that the chosen answer is the preferred one (Bradley and Terry 1952).
 
-    `brier`: mean (1 - σ(margin))², 0.25 for a model that knows nothing (Brier 1950). The bins look at each pair from the
-    side that the model prefers, since every pair has a chosen side and it is always right: `mean_probability` is what
-    the model gives its side, from 0.5 on, and `accuracy` how often that side was the chosen one; a margin of 0 is right
-    by half. Bins without a pair are left out.
-
-    Args:
-        margins: of the pairs.
-        clusters: of the pairs.
+    `brier` is the mean (1 - σ(margin))², 0.25 for a model without any knowledge (Brier 1950). The bins look at each pair from
+    the side that the model prefers, since the chosen side of every pair is right: `mean_probability` is the model's
+    probability of that side, from 0.5 on, and `accuracy` how often it was the chosen one; a tie counts half. Empty bins are
+    left out.
     """
     sure = sigmoid(np.abs(margins))
     right = half_of_ties(margins)
@@ -137,13 +127,14 @@ def calibration(margins: Floats, clusters: Clusters) -> dict[str, Any]:
     bins = []
     for place in np.unique(places).tolist():
         members = places == place
+        accuracy = share(right[members], clusters.where(members))
         bins.append(
             {
                 "low": float(edges[place]),
                 "high": float(edges[place + 1]),
                 "mean_probability": float(sure[members].mean()),
-                "accuracy": float(right[members].mean()),
-                "accuracy_interval": list(share_interval(right[members], clusters.where(members))),
+                "accuracy": accuracy["value"],
+                "accuracy_interval": accuracy["interval"],
                 "pairs": int(members.sum()),
             }
         )
@@ -153,9 +144,8 @@ def calibration(margins: Floats, clusters: Clusters) -> dict[str, Any]:
 def reward_length_correlation(
     chosen: Floats, rejected: Floats, chosen_tokens: NDArray[Any], rejected_tokens: NDArray[Any]
 ) -> float | None:
-    """Pearson's, of reward with tokens over both sides of all pairs; None where one of the two is the same everywhere."""
-    reward = _centred(chosen, rejected)
-    tokens = _centred(chosen_tokens, rejected_tokens)
+    """Pearson correlation of reward and tokens over both sides of all pairs; None where one of them is constant."""
+    reward, tokens = _centred(chosen, rejected), _centred(chosen_tokens, rejected_tokens)
     scale = float(np.sqrt((reward**2).sum() * (tokens**2).sum()))
     return float((reward * tokens).sum() / scale) if scale > 0 else None
 

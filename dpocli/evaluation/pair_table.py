@@ -1,4 +1,4 @@
-"""What `evaluate` knows of each pair: the log-probs, and what each loss makes of them."""
+"""Per-pair values of an evaluation: log-probs, and the rewards, margins and losses that each loss gives."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,13 +29,13 @@ class ScoredPairs:
     """Pairs with their log-probs."""
 
     positions: NDArray[np.int64]
-    """Where they stand in the cache, shape (pairs,)."""
+    """In the cache, shape (pairs,)."""
     about: dict[str, NDArray[Any]]
-    """What they are: columns of `pairs.parquet`, each of shape (pairs,)."""
+    """The columns of `pairs.parquet` that no model decides, each of shape (pairs,)."""
     matrix: NDArray[np.float64]
     """Their `PairLogps`, shape (pairs, columns)."""
-    wanted: LogpColumns
-    """Which those columns are."""
+    columns: LogpColumns
+    """Of the matrix."""
 
     @classmethod
     def of(
@@ -43,10 +43,10 @@ class ScoredPairs:
         positions: NDArray[np.int64],
         pairs: Sequence[EncodedPair],
         logps: PairLogps,
-        wanted: LogpColumns,
+        columns: LogpColumns,
         kept: Sequence[str] = (),
     ) -> "ScoredPairs":
-        """The pairs of one micro-batch. `kept`: the columns of their data that are carried along."""
+        """The pairs of one pass. `kept`: the columns of their data to carry along."""
         about = {
             "row": np.array([pair.row for pair in pairs], dtype=np.int64),
             "pair_id": np.array([pair.pair_id for pair in pairs]),
@@ -61,15 +61,15 @@ class ScoredPairs:
         for name in kept:
             values = about[KEPT + name] = np.empty(len(pairs), dtype=object)
             values[:] = [pair.kept.get(name) for pair in pairs]
-        return cls(positions, about, logps.matrix().cpu().numpy(), wanted)
+        return cls(positions, about, logps.matrix().cpu().numpy(), columns)
 
     @classmethod
-    def init_processes(cls, parts: Sequence["ScoredPairs"]) -> "ScoredPairs":
-        """All parts, in the order of the cache, whoever scored them."""
+    def joined(cls, parts: Sequence["ScoredPairs"]) -> "ScoredPairs":
+        """All parts, in the order of the cache."""
         positions = np.concatenate([part.positions for part in parts])
         order = np.argsort(positions, kind="stable")
         about = {name: np.concatenate([part.about[name] for part in parts])[order] for name in parts[0].about}
-        return cls(positions[order], about, np.concatenate([part.matrix for part in parts])[order], parts[0].wanted)
+        return cls(positions[order], about, np.concatenate([part.matrix for part in parts])[order], parts[0].columns)
 
     @property
     def rows(self) -> NDArray[np.int64]:
@@ -79,16 +79,16 @@ class ScoredPairs:
     @property
     def logps(self) -> PairLogps:
         """On the CPU."""
-        return PairLogps.from_matrix(self.wanted, torch.from_numpy(self.matrix))
+        return PairLogps.from_matrix(self.columns, torch.from_numpy(self.matrix))
 
 
 @dataclass(frozen=True, slots=True)
 class PairTable:
-    """Per-pair values: the columns of `pairs.parquet`. Log-probs in nats."""
+    """The columns of `pairs.parquet`. Log-probs in nats."""
 
     columns: dict[str, NDArray[Any]]
     losses: tuple[str, ...]
-    """Their names. The columns of the first have plain names; those of the others begin with the loss's."""
+    """Names of the losses. Columns of the first have plain names; columns of the others begin with the name of the loss."""
 
     @classmethod
     def of(
@@ -98,18 +98,18 @@ class PairTable:
         states: Mapping[str, States],
         noise_per_token: float = 0.0,
     ) -> "PairTable":
-        """What each loss makes of the pairs, which are one batch to a loss of the whole batch.
+        """Compute each loss on the pairs, as one batch.
 
         Args:
             scored: in the order of the cache.
             losses: by name.
-            states: by name of the loss, what it remembers from the training.
-            noise_per_token: of the log-prob of one token by rounding, nats.
+            states: by name of the loss, the states of its terms from the training.
+            noise_per_token: rounding error of the log-prob of one token, nats.
         """
         logps = scored.logps
         table = cls(dict(scored.about), tuple(losses))
         for column, name in _LOGPS.items():
-            if column in scored.wanted.names:
+            if column in scored.columns.names:
                 table.columns[name] = logps.columns()[column].numpy()
         for name, loss in losses.items():
             for kind, values in values_of(loss, logps, states.get(name), noise_per_token).items():
@@ -139,11 +139,11 @@ class PairTable:
 def values_of(
     loss: LossChoice, logps: PairLogps, states: States | None, noise_per_token: float
 ) -> dict[str, NDArray[np.float64]]:
-    """What a loss makes of pairs, by kind; each of shape (pairs,).
+    """Rewards, margins, losses and noise of pairs, each of shape (pairs,).
 
-    `noise` is how far rounding may move a margin. The log-prob of a token is off by e = `noise_per_token`, up as often as
-    down, so a side of n tokens by e√n; what the loss makes of that is found by moving the side and looking, since losses
-    scale and normalise differently; the two sides are independent: √(chosen² + rejected²).
+    `noise` is the rounding error of a margin. The error of a token's log-prob is e = `noise_per_token`, up as often as down,
+    so the error of a side of n tokens is e√n. Losses scale and normalise differently, so the error of a reward is measured
+    by moving the side. The two sides are independent: √(chosen² + rejected²).
     """
     output = compute(loss, logps, states)
     moved = compute(

@@ -1,8 +1,8 @@
-"""What `evaluate` finds: the figures made of per-pair values, as `metrics.json` holds them, and the files."""
+"""The report of an evaluation as `metrics.json` holds it, and its files."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +26,31 @@ from dpocli.evaluation.metrics import (
 )
 from dpocli.evaluation.pair_table import PairTable
 from dpocli.evaluation.slices import KEPT, slices
-from dpocli.run.files import write_atomically
+from dpocli.run.files import write_atomically, write_json
 
 FORMAT_VERSION = 2
+
+SHARED = (
+    *("row", "source", "weight", "num_turns", "prompt_hash", "ref_chosen_logps", "ref_rejected_logps"),
+    *("second_ref_chosen_logps", "second_ref_rejected_logps"),
+)
+"""Columns that are the same for every model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """A model and what it makes of the pairs."""
+    """A model with the values of its pairs."""
 
     name: str
     """As given to --model."""
     table: PairTable
     losses: Mapping[str, LossChoice]
-    """By name; the first is the one that models are compared by."""
+    """By name; models are compared by the first."""
     step: int | None = None
     """Of the training that made it."""
     run: str | None = None
-    """Which training that was: the same for all checkpoints of one."""
-    extra: Mapping[str, Any] | None = None
+    """Names that training: the same for all checkpoints of one."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
     """Further figures of this model."""
 
     @property
@@ -53,13 +59,13 @@ class Evaluated:
 
 
 def report_of(models: Sequence[Evaluated]) -> dict[str, Any]:
-    """What `metrics.json` holds: the figures of the first model at the top, then those of each, and the comparisons."""
+    """The figures of the first model, then those of each model, and the comparisons."""
     first = models[0]
     found = [_of_model(model) for model in models]
     sources = first.table.column("source")
     names = sorted(set(sources.tolist()))
     by_source = {
-        name: _whole(first.table.where(sources == name), first.table.losses[0]) for name in names if len(names) > 1
+        name: _figures(first.table.where(sources == name), first.table.losses[0]) for name in names if len(names) > 1
     }
     return {
         "format": FORMAT_VERSION,
@@ -69,16 +75,19 @@ def report_of(models: Sequence[Evaluated]) -> dict[str, Any]:
             {"name": model.name, "step": model.step, "run": model.run} | figures
             for model, figures in zip(models, found, strict=True)
         ],
-        "comparisons": [compare(first, other) for other in models[1:]],
+        "comparisons": [compare_models(first, other) for other in models[1:]],
     }
 
 
-def compare(model: Evaluated, against: Evaluated) -> dict[str, Any]:
-    """A model less another on the same pairs: the interval is of the paired difference, since both know the same hard ones.
+def compare_models(model: Evaluated, against: Evaluated) -> dict[str, Any]:
+    """A model less another on the same pairs, with intervals of the paired differences: both find the same pairs hard.
 
-    A tie is right by half, so that the reference itself, which ties on every pair, stands at 50%. Margins of other losses, or numbers of them, have another scale, and those of other tokens are sums of something else.
+    A tie counts half, so that the reference itself, which ties on every pair, is at 50%. Margins are compared only between
+    equal losses with equal numbers, which have one scale, and equal tokens.
     """
-    mine, theirs = _on_the_same_rows(model.table, against.table)
+    rows, rows_there = model.table.column("row"), against.table.column("row")  # tokenizers differ in what is too long
+    _, places, places_there = np.intersect1d(rows, rows_there, assume_unique=True, return_indices=True)
+    mine, theirs = model.table.where(places), against.table.where(places_there)
     clusters = theirs.clusters
     right, right_there = (half_of_ties(table.column("margins")) for table in (mine, theirs))
     accuracy = difference(right - right_there, clusters)
@@ -103,49 +112,42 @@ def compare(model: Evaluated, against: Evaluated) -> dict[str, Any]:
     }
 
 
-def _on_the_same_rows(one: PairTable, other: PairTable) -> tuple[PairTable, PairTable]:
-    """Both less the pairs that only one has: tokenizers differ in what is too long."""
-    _, places, places_there = np.intersect1d(
-        one.column("row"), other.column("row"), assume_unique=True, return_indices=True
-    )
-    return one.where(places), other.where(places_there)
-
-
 def _of_model(model: Evaluated) -> dict[str, Any]:
     table, name = model.table, model.table.losses[0]
     right, margins = table.column("chosen_rewards") > table.column("rejected_rewards"), table.column("margins")
     return {
         "loss_choice": model.loss.model_dump(),
-        **_whole(table, name),
+        **_figures(table, name),
         "slices": slices(table.columns, right, margins, table.clusters),
         "by_loss": {
-            name: {"loss_choice": loss.model_dump()} | _rewards(table, name)
+            name: {"loss_choice": loss.model_dump()} | _of_loss(table, name)
             for name, loss in model.losses.items()
             if len(model.losses) > 1
         },
-        **(model.extra or {}),
+        **model.extra,
     }
 
 
-def _whole(table: PairTable, loss: str) -> dict[str, Any]:
+def _figures(table: PairTable, loss: str) -> dict[str, Any]:
     clusters = table.clusters
     tokens = table.column("chosen_tokens"), table.column("rejected_tokens")
-    sides = table.column(table.name_of(loss, "chosen_rewards")), table.column(table.name_of(loss, "rejected_rewards"))
+    chosen, rejected, margins = (
+        table.column(table.name_of(loss, kind)) for kind in ("chosen_rewards", "rejected_rewards", "margins")
+    )
     return {
         "pairs": len(table),
         "prompts": clusters.count,
         "interval": clusters.describe(),
-        **_rewards(table, loss),
+        **_of_loss(table, loss),
         **log_ratios(table.columns),
         "accuracies": accuracies(table.columns, clusters),
-        "over_length": over_length(table.column(table.name_of(loss, "margins")), *tokens, clusters),
-        "calibration": calibration(table.column(table.name_of(loss, "margins")), clusters),
-        "correlation/reward_length": reward_length_correlation(*sides, *tokens),
+        "over_length": over_length(margins, *tokens, clusters),
+        "calibration": calibration(margins, clusters),
+        "correlation/reward_length": reward_length_correlation(chosen, rejected, *tokens),
     }
 
 
-def _rewards(table: PairTable, loss: str) -> dict[str, Any]:
-    """What a loss and its rewards say of the pairs."""
+def _of_loss(table: PairTable, loss: str) -> dict[str, Any]:
     kinds = ("chosen_rewards", "rejected_rewards", "noise", "losses")
     chosen, rejected, noise, losses = (table.column(table.name_of(loss, kind)) for kind in kinds)
     weights = table.column("weight")
@@ -156,46 +158,35 @@ def _rewards(table: PairTable, loss: str) -> dict[str, Any]:
 
 
 def write_report(directory: Path, report: dict[str, Any], models: Sequence[Evaluated]) -> None:
-    """Writes `metrics.json` and `pairs.parquet`, each whole or not at all.
+    """Write `metrics.json` and `pairs.parquet`.
 
     The columns of the second model begin with `model-2/`, and so on; they are null where it has no such pair.
     """
     columns = {name: _arrow(values) for name, values in models[0].table.columns.items()}
     rows = models[0].table.column("row")
     for number, model in enumerate(models[1:], start=2):
-        places = _places(rows, model.table.column("row"))
+        among = model.table.column("row")
+        places = np.minimum(np.searchsorted(among, rows), len(among) - 1)
+        places = pa.array(places, mask=among[places] != rows)
         for name, values in model.table.columns.items():
             if not (name in SHARED or name.startswith(KEPT)):
-                columns[f"model-{number}/{name}"] = _arrow(values).take(pa.array(places, mask=places < 0))
+                columns[f"model-{number}/{name}"] = _arrow(values).take(places)
     write_atomically(
         directory / "pairs.parquet", lambda file: pq.write_table(pa.table(columns), file, compression="zstd")
     )
-    write_atomically(directory / "metrics.json", json.dumps(without_nan(report), indent=2) + "\n")
-
-
-SHARED = (
-    *("row", "source", "weight", "num_turns", "prompt_hash", "ref_chosen_logps", "ref_rejected_logps"),
-    *("second_ref_chosen_logps", "second_ref_rejected_logps"),
-)
-"""Columns that say the same of a pair whatever the model."""
-
-
-def _places(rows: NDArray[np.int64], among: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Of each row, where it stands in `among`, which is sorted; -1 where it does not. Shape of `rows`."""
-    places = np.minimum(np.searchsorted(among, rows), len(among) - 1)
-    return np.where(among[places] == rows, places, -1)
+    write_json(directory / "metrics.json", without_nan(report))
 
 
 def _arrow(values: NDArray[Any]) -> pa.Array:
+    """A column of numbers, texts or equal types as it is, NaN as null; any other as JSON."""
     if values.dtype != object:
-        return pa.array(values.tolist() if values.dtype.kind == "U" else values, from_pandas=True)  # NaN: null
+        return pa.array(values.tolist() if values.dtype.kind == "U" else values, from_pandas=True)
     items = values.tolist()
     if {type(item) for item in items if item is not None} <= {str} or len({type(item) for item in items}) == 1:
         try:
             found = pa.array(items)
-            pq.write_table(
-                pa.table({"": found.slice(0, 0)}), pa.BufferOutputStream()
-            )  # which refuses structs of nothing
+            # Refuses structs without fields.
+            pq.write_table(pa.table({"": found.slice(0, 0)}), pa.BufferOutputStream())
             return found
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
             pass

@@ -1,4 +1,4 @@
-"""Accuracy of parts of the pairs: by label, by length, by what the reference thinks of them."""
+"""Accuracy by slice: by label, by length, by the margin of the reference."""
 
 import json
 import re
@@ -21,23 +21,23 @@ NUM_PARTS = 4
 """Slices of a number, cut at its quantiles."""
 
 MAX_LABELS = 20
-"""Slices of a column of labels: the largest ones; the others are one slice together."""
+"""Slices of a column of labels: the largest; all others are one slice."""
 
 MISSING, EMPTY = "(none)", "(empty)"
 
 _OURS = re.compile(r"\((none|empty|\d+ others?)\)")
 
 KEPT = "kept/"
-"""How the names of kept columns begin in `pairs.parquet`, since they may be anything."""
+"""Prefix of kept columns in `pairs.parquet`, since they may have any name."""
 
 
 def slices(
     columns: Mapping[str, NDArray[Any]], right: NDArray[np.bool_], margins: NDArray[np.float64], clusters: Clusters
 ) -> dict[str, list[dict[str, Any]]]:
-    """The slices of each kind that parts the pairs; a kind that does not is left out.
+    """The slices of each kind; a kind with one slice only is left out.
 
-    A slice is too small to tell where it has fewer than 30 prompts, for then the interval itself is a guess, or where its
-    interval is wider than 0.3; or most of its pairs tie, to which a tie is not right.
+    A slice is too small where it has fewer than 30 prompts, since the interval itself is rough then, where its interval is
+    wider than 0.3, or where most of its pairs tie, since a tie is not right.
 
     Args:
         columns: of `pairs.parquet`, shapes (pairs,).
@@ -71,7 +71,7 @@ def parted(values: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
 def _kinds(columns: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, NDArray[Any]]]:
     chosen, rejected = columns["chosen_tokens"], columns["rejected_tokens"]
     sources = columns["source"].copy()
-    sources[sources == ""] = None  # what the data hold for a pair without one
+    sources[sources == ""] = None  # pairs without a source
     yield "source", sources
     yield "prompt_tokens", columns["prompt_tokens"]
     yield "completion_tokens", np.maximum(chosen, rejected)
@@ -112,13 +112,12 @@ def _by_quantile(numbers: NDArray[Any]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def _spans(ends: Sequence[tuple[Any, Any]]) -> list[str]:
-    """`3 to 12`, with as many digits as it takes to tell them apart."""
+    """`3 to 12`, with the fewest digits that make the names differ."""
     for digits in range(3, 18):
-        told = [tuple(_number(end, digits) for end in both) for both in ends]
-        names = [low if low == high else f"{low} to {high}" for low, high in told]
-        if len({*names}) == len(names) and all(
-            low != high or a == b for (low, high), (a, b) in zip(told, ends, strict=True)
-        ):
+        texts = [(_number(low, digits), _number(high, digits)) for low, high in ends]
+        names = [low if low == high else f"{low} to {high}" for low, high in texts]
+        merged = any(a == b and low != high for (a, b), (low, high) in zip(texts, ends, strict=True))
+        if len({*names}) == len(names) and not merged:
             break
     return names
 
@@ -138,11 +137,11 @@ def _by_label(labels: list[str]) -> tuple[list[str], NDArray[np.int64]]:
 
 
 def _labels(values: Sequence[Any]) -> list[str]:
-    """Texts as they are, all else as JSON. A text is quoted where it would look like something else, or like nothing."""
+    """Texts as they are, other values as JSON. A text is quoted where it looks like another value, or is blank."""
     texts = {value for value in values if isinstance(value, str)}
     others = {_spelled(value) for value in values if not isinstance(value, str)}
     quoted = {text for text in texts if text in others or _OURS.fullmatch(text) or not text.strip()}
-    if quoted:  # these begin with a quote, so that no other text may
+    if quoted:  # then a text that begins with a quote is ambiguous too
         quoted |= {text for text in texts if text.startswith('"')}
     known = {text: _spelled(text) if text in quoted else text for text in texts} | {"": EMPTY}
     return [known[value] if isinstance(value, str) else _spelled(value) for value in values]

@@ -1,8 +1,8 @@
-"""The gradient of a whole batch's loss with respect to its log-probs.
+"""The gradient of the loss of a whole batch with respect to its log-probs.
 
-A loss that depends on all pairs of a batch cannot be back-propagated micro-batch by micro-batch on its own. But its
-gradient with respect to the log-probs is a few numbers a pair: once they are known, each micro-batch back-propagates
-the sum of gradient times log-prob, and gets exactly its part of the gradient of the one big batch.
+A loss that couples the pairs of a batch cannot be back-propagated one micro-batch at a time. Its gradient with respect
+to the log-probs is a few numbers per pair: given these, each micro-batch back-propagates the sum of gradient ×
+log-prob, which gives exactly its part of the gradient of the whole batch.
 """
 
 from collections.abc import Mapping
@@ -25,9 +25,9 @@ def batch_gradient(choice: LossChoice, logps: PairLogps, weights: Tensor, states
 
     Args:
         choice: the loss.
-        logps: of every pair of the batch; no graph is needed.
-        weights: shape (pairs,), float64.
-        states: of the losses that remember something, this batch counted in.
+        logps: log-probs of every pair of the batch, without graph. Shapes (pairs,), nats.
+        weights: pair weights. Shape (pairs,), float64.
+        states: states of stateful losses, this batch included.
     """
     present = logps.columns()
     leaves = {name: present[name].detach().requires_grad_() for name in _LEARNED if name in present}
@@ -41,7 +41,7 @@ def batch_gradient(choice: LossChoice, logps: PairLogps, weights: Tensor, states
 
 
 def with_gradient(logps: PairLogps, gradient: Mapping[str, Tensor]) -> Tensor:
-    """A scalar whose gradient with respect to `logps` is `gradient`; its value means nothing."""
+    """A scalar whose gradient with respect to `logps` is `gradient`; its value has no meaning."""
     columns = logps.columns()
     total = sum((column * columns[name]).sum() for name, column in gradient.items())
     assert isinstance(total, Tensor)

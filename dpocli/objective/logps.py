@@ -1,4 +1,4 @@
-"""Log-probs of pairs: what the scorer gives per token, and what the losses take per pair."""
+"""The log-probs of pairs that losses read."""
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from dpocli.config.hyperparameters import Need
 
 @dataclass(frozen=True, slots=True)
 class PairLogps:
-    """Per pair, summed over the tokens that count: everything a loss may look at. Shapes (pairs,), nats, float64."""
+    """Log-probs of pairs, summed over the counted tokens: all that a loss may read. Shapes (pairs,), nats, float64."""
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -20,7 +20,7 @@ class PairLogps:
     """The reference's sums; None for reference-free losses."""
     chosen_tokens: Tensor
     rejected_tokens: Tensor
-    """Counts of the tokens that count."""
+    """Numbers of counted tokens."""
     policy_chosen_collision: Tensor | None = None
     policy_rejected_collision: Tensor | None = None
     """Sums of log Σ_v p(v)² over the same tokens, for WPO. No gradient."""
@@ -28,19 +28,19 @@ class PairLogps:
     policy_rejected_tail: Tensor | None = None
     reference_chosen_tail: Tensor | None = None
     reference_rejected_tail: Tensor | None = None
-    """Sums over the tokens beyond as many as the shorter side has, for LD-DPO; 0 on the shorter side."""
+    """Sums over the tokens beyond the length of the shorter answer, for LD-DPO; 0 on the shorter side."""
 
     def __len__(self) -> int:
         return len(self.policy_chosen)
 
     def columns(self) -> dict[str, Tensor]:
-        """Those that are there, by name, each of shape (pairs,)."""
+        """The columns that are present, by name. Shapes (pairs,)."""
         present = ((column.name, getattr(self, column.name)) for column in fields(self))
         return {name: values for name, values in present if values is not None}
 
     @classmethod
     def from_matrix(cls, wanted: "LogpColumns", matrix: Tensor) -> "PairLogps":
-        """The inverse of `matrix`. Shape of the argument: (pairs, columns)."""
+        """The inverse of `matrix`. `matrix` has shape (pairs, columns)."""
         columns = dict(zip(wanted.names, matrix.unbind(1), strict=True))
         return cls(**{column.name: columns.get(column.name) for column in fields(cls)})  # type: ignore[arg-type]
 
@@ -51,7 +51,7 @@ class PairLogps:
 
 @dataclass(frozen=True, slots=True)
 class LogpColumns:
-    """Which of the optional columns of `PairLogps` there are to be."""
+    """Which of the optional columns of `PairLogps` are present."""
 
     reference: bool = False
     collision: bool = False
@@ -59,12 +59,12 @@ class LogpColumns:
 
     @classmethod
     def by(cls, needs: Collection[Need], *, has_reference: bool) -> "LogpColumns":
-        """What losses with these needs look at; the reference also where it is only there to be reported."""
+        """The columns that losses with these needs read; the reference also where it is only reported."""
         return cls(has_reference, Need.COLLISION in needs, Need.TAILS in needs)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The columns, in the order of `PairLogps`."""
+        """The present columns, in the order of `PairLogps`."""
         unwanted = set()
         for name in (column.name for column in fields(PairLogps)):
             for kind, wanted in (("reference", self.reference), ("collision", self.collision), ("tail", self.tails)):

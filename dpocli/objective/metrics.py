@@ -1,4 +1,4 @@
-"""Metrics of the pairs of a global batch, which are all at hand: micro-batches and processes cannot change a mean."""
+"""Metrics of the pairs of a global batch, all at once: micro-batches and processes cannot change a mean."""
 
 from torch import Tensor
 
@@ -12,15 +12,15 @@ def batch_loss(losses: Tensor, weights: Tensor) -> Tensor:
 
 
 def pair_metrics(output: LossOutput, logps: PairLogps, weights: Tensor) -> dict[str, float]:
-    """The field's metric names: `loss` (weighted mean), `rewards/…`, `logps/…` (means over pairs, nats).
+    """Batch metrics under the field's names: `loss` is a weighted mean; `rewards/…` and `logps/…` are means over pairs.
 
-    Beside the rewards, which are what the loss ranks by, stand the summed log-ratios (`logratios/…`), so that runs with
-    different losses can be compared; and of a weighted sum the loss of each term (`loss/NAME`).
+    `logratios/…` are of summed log-ratios whatever the loss ranks by, so that runs with different losses compare.
+    `loss/NAME` is the loss of each term of a weighted sum.
 
     Args:
-        output: per pair.
-        logps: of the same pairs.
-        weights: shape (pairs,), float64; pairs of weight 0 count in the metrics, which are unweighted.
+        output: losses and rewards. Shapes (pairs,).
+        logps: log-probs of the same pairs. Shapes (pairs,), nats.
+        weights: shape (pairs,), float64. Only the losses are weighted; pairs of weight 0 count in the other metrics.
     """
     columns = _compared("rewards", output.chosen_rewards, output.rejected_rewards)
     columns |= {"logps/chosen": logps.policy_chosen, "logps/rejected": logps.policy_rejected}

@@ -1,7 +1,7 @@
-"""`report.html`: what `evaluate` found, to look at. One file that needs nothing else, and the plots as PNG beside it.
+"""`report.html`, one file that needs nothing else, and its plots as PNG beside it.
 
-Everything that comes from data goes through the template's variables, which are all escaped and freed of what cannot be
-shown; the page forbids itself scripts and requests.
+Everything that comes from data goes through the template's variables, which are all escaped and cleaned of characters that
+cannot be shown. The page's content security policy forbids scripts and requests.
 """
 
 import io
@@ -14,10 +14,20 @@ from markupsafe import Markup
 
 from dpocli.evaluation.pair_table import PairTable
 from dpocli.report.inline_svg import glyphs_may_miss, inline_svg
-from dpocli.report.pair_plots import NAMES, Plot, report_plots
+from dpocli.report.pair_plots import report_plots
+from dpocli.report.plot_style import Plot
 from dpocli.report.sanitize import one_line, plain
-from dpocli.report.tables import figure_lines, gate_lines, loss_lines, made_lines, model_lines, slice_tables
-from dpocli.report.token_heatmap import Palette, Showcase, ShownPair, ShownToken, colored, folded, signed, strongest
+from dpocli.report.tables import figure_lines, gate_lines, loss_lines, made_lines, model_lines
+from dpocli.report.token_heatmap import (
+    ExamplePair,
+    ExamplePairs,
+    ExampleToken,
+    Palette,
+    colored,
+    folded,
+    signed,
+    strongest,
+)
 from dpocli.report.wording import between, headline, number, percent
 from dpocli.run.files import make_directory, write_atomically
 
@@ -25,33 +35,40 @@ Report = Mapping[str, Any]
 
 FILE_NAME, PLOTS = "report.html", "plots"
 
-NO_PAIRS = Showcase((), (), has_reference=True)
+NO_PAIRS = ExamplePairs((), (), has_reference=True)
 
 
 def write_html_report(
     directory: Path,
     report: Report,
     table: PairTable,
-    shown: Showcase = NO_PAIRS,
+    examples: ExamplePairs = NO_PAIRS,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes `report.html` and `plots/*.png`.
+    """Write `report.html` and `plots/*.png`.
 
     Args:
         directory: of the report.
-        report: what `metrics.json` holds; figures that are not there are left out.
+        report: as in `metrics.json`.
         table: the pairs of the first model.
-        shown: the pairs to show in full.
-        settings: what else to tell of how the report was made: heading → name → value.
+        examples: the pairs to show in full.
+        settings: more about how the report was made: heading → name → value.
     """
     plots = report_plots(report, table)
-    _write_pictures(directory / PLOTS, plots)
-    write_atomically(directory / FILE_NAME, html_report(report, plots, shown, settings or {}))
+    make_directory(directory / PLOTS)
+    for plot in plots:
+        content = io.BytesIO()
+        with glyphs_may_miss():
+            plot.figure.savefig(content, format="png", facecolor="white")
+        write_atomically(directory / PLOTS / f"{plot.name}.png", content.getvalue())
+    write_atomically(directory / FILE_NAME, html_report(report, plots, examples, settings or {}))
 
 
-def html_report(report: Report, plots: list[Plot], shown: Showcase, settings: Mapping[str, Mapping[str, Any]]) -> str:
+def html_report(
+    report: Report, plots: list[Plot], examples: ExamplePairs, settings: Mapping[str, Mapping[str, Any]]
+) -> str:
     """The page."""
-    palette = Palette.of(shown)
+    palette = Palette.of(examples)
     return (
         _environment()
         .get_template("report.html.j2")
@@ -62,18 +79,18 @@ def html_report(report: Report, plots: list[Plot], shown: Showcase, settings: Ma
             warnings=report.get("warnings") or [],
             figures=figure_lines(report),
             losses=loss_lines(report),
-            slices=slice_tables(report),
+            slices={kind: entries for kind, entries in report["slices"].items() if len(entries) > 1},
             models=model_lines(report),
             made=made_lines(report, settings),
-            plots={plot.name: (inline_svg(plot.figure, plot.name, plot.caption), plot.caption) for plot in plots},
+            plots={plot.name: (inline_svg(plot), plot.caption) for plot in plots},
             palette=palette,
-            worst=[_in_page(pair, palette) for pair in shown.worst],
-            best=[_in_page(pair, palette) for pair in shown.best],
+            worst=[_in_page(pair, palette) for pair in examples.worst],
+            best=[_in_page(pair, palette) for pair in examples.best],
         )
     )
 
 
-def _in_page(pair: ShownPair, palette: Palette) -> dict[str, Any]:
+def _in_page(pair: ExamplePair, palette: Palette) -> dict[str, Any]:
     sides = (
         ("chosen", pair.chosen, pair.chosen_reward),
         ("rejected", pair.rejected, pair.rejected_reward),
@@ -93,7 +110,7 @@ def _in_page(pair: ShownPair, palette: Palette) -> dict[str, Any]:
     }
 
 
-def _strong(token: ShownToken) -> tuple[str, str]:
+def _strong(token: ExampleToken) -> tuple[str, str]:
     blank = token.text.translate({ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"})
     return token.text.strip() or blank, signed(token.log_ratio)
 
@@ -118,18 +135,7 @@ def _environment() -> Environment:
 
 
 def _shown(value: object) -> object:
-    """What every variable of the template goes through before it is escaped."""
+    """Clean a variable of the template before it is escaped."""
     if value is None or isinstance(value, Markup):
         return "" if value is None else value
     return plain(str(value))
-
-
-def _write_pictures(directory: Path, plots: list[Plot]) -> None:
-    make_directory(directory)
-    for plot in plots:
-        content = io.BytesIO()
-        with glyphs_may_miss():
-            plot.figure.savefig(content, format="png", facecolor="white")
-        write_atomically(directory / f"{plot.name}.png", content.getvalue())
-    for name in NAMES - {plot.name for plot in plots}:  # of an earlier report
-        (directory / f"{name}.png").unlink(missing_ok=True)

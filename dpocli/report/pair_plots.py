@@ -1,128 +1,172 @@
-"""The plots of a report: each a figure of what is there, or nothing where it is not."""
+"""The plots of a report about single pairs: margins, rewards of both sides, and how far margins can be trusted."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
+from numpy.typing import NDArray
 
 from dpocli.evaluation.pair_table import PairTable
-from dpocli.report.checkpoints_plot import draw_checkpoints, margins_compare, runs_of
-from dpocli.report.plot_style import BLUE, GRAY, blank_figure, is_number, make_quiet, with_titles
-from dpocli.report.reward_plots import MOST_POINTS, draw_margins, draw_rewards
-from dpocli.report.slices_plot import draw_slices, shown_slices
+from dpocli.report.interval_plots import draw_checkpoints, draw_slices
+from dpocli.report.plot_style import BLUE, DASHED, GRAY, RED, Plot, blank_figure, make_quiet, with_titles
+from dpocli.report.wording import ACCURACY, Report
 
-Report = Mapping[str, Any]
+Values = NDArray[np.float64]
 
-NAMES = frozenset({"margins", "reliability", "slices", "rewards", "checkpoints"})
+WIDTH, HEIGHT = 6.6, 3.6
 
+FEWEST_BINS, MOST_BINS = 12, 48
 
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """A figure, and what it shows in words."""
+TAIL = 0.005
+"""Share of pairs at either end that an axis need not reach: one outlier would press all others into a line."""
 
-    name: str
-    """Of its file, without `.png`."""
-    caption: str
-    figure: Figure
+FEW_PAIRS = 200
+"""Below which an axis reaches all of them: each is a good part of the data."""
+
+MANY_POINTS = 1500
+"""Points from which on they are drawn as pixels: as shapes they would be most of the report."""
+
+MOST_POINTS = 20_000
 
 
 def report_plots(report: Report, table: PairTable) -> list[Plot]:
-    """All plots for which the report holds something, in the order in which they are read."""
-    margins, chosen, rejected = (
-        table.column(name).astype(np.float64) for name in ("margins", "chosen_rewards", "rejected_rewards")
+    """All plots for which the report has data, in the order in which they are read."""
+    plots = (
+        draw_margins(table.column("margins").astype(np.float64)),
+        draw_reliability(report["calibration"]),
+        draw_slices(report["slices"], report[ACCURACY]),
+        draw_rewards(*(table.column(f"{side}_rewards").astype(np.float64) for side in ("chosen", "rejected"))),
+        draw_checkpoints(report["models"]),
     )
-    calibration = report.get("calibration") or {}
-    figures = {
-        "margins": (draw_margins(margins), _about_margins(bool((margins == 0).any()))),
-        "reliability": (draw_reliability(calibration), _about_reliability(calibration)),
-        "slices": (draw_slices(report.get("slices") or {}, report.get("rewards/accuracies")), _about_slices(report)),
-        "rewards": (draw_rewards(chosen, rejected), _about_rewards(len(table))),
-        "checkpoints": (draw_checkpoints(report.get("models") or []), _about_checkpoints(report)),
-    }
-    return [Plot(name, caption, figure) for name, (figure, caption) in figures.items() if figure is not None]
+    return [plot for plot in plots if plot is not None]
 
 
-def _about_margins(ties: bool) -> str:
-    told = "How many pairs have which margin; to the left of 0 they are wrong."
-    return f"{told} The gray bar at 0 holds the ties." if ties else told
-
-
-def _about_reliability(calibration: Report) -> str:
-    intervals = any(_interval(bin_) for bin_ in calibration.get("bins") or [])
-    return (
-        "What the model gives the answer that it prefers, sigma(|margin|), against how often that answer is the chosen one"
-        f"{', with its interval' if intervals else ''}. On the dashed line it can be taken at its word; the larger a point, "
-        "the more pairs."
-    )
-
-
-def _about_slices(report: Report) -> str:
-    left_out = shown_slices(report.get("slices") or {}).left_out
-    which = "each slice" if not left_out else "the largest slices"
-    told = (
-        f"Accuracy of {which} with its interval. The solid line is all pairs; hollow points are too uncertain to tell."
-    )
-    if not left_out:
-        return told
-    return f"{told} There is no room for {left_out:,} more slice{'' if left_out == 1 else 's'}; the table has all."
-
-
-def _about_rewards(pairs: int) -> str:
-    which = "Each point is a pair." if pairs <= MOST_POINTS else f"Each point is a pair, {MOST_POINTS:,} of {pairs:,}."
-    return f"{which} Above the dashed line the chosen answer has the higher reward."
-
-
-def _about_checkpoints(report: Report) -> str:
-    runs = runs_of(report.get("models") or [])
-    if len(runs) < 2:
-        return "Accuracy and mean margin of the checkpoints of the run, with their intervals."
-    told = "Accuracy and mean margin of the checkpoints, with their intervals: a line for each run."
-    if margins_compare(runs):
-        return told
-    return f"{told} Losses differ, and so do the scales of their margins: only those of the first run are drawn."
-
-
-def draw_reliability(calibration: Mapping[str, Any]) -> Figure | None:
-    """Mean probability against accuracy, of each bin that holds pairs."""
-    bins = [
-        bin_
-        for bin_ in calibration.get("bins") or []
-        if bin_.get("pairs") and is_number(bin_.get("accuracy")) and is_number(bin_.get("mean_probability"))
-    ]
-    if not bins:
+def draw_margins(margins: Values) -> Plot | None:
+    """Distribution of the margin; shape of the argument (pairs,). Ties are neither right nor wrong: they have a bar at 0."""
+    margins = margins[np.isfinite(margins)]
+    if not len(margins):
         return None
-    figure = blank_figure(6.6, 3.6)
+    figure = blank_figure(WIDTH, HEIGHT)
+    area = figure.subplots()
+    make_quiet(area)
+    others = margins[margins != 0]
+    ties = len(margins) - len(others)
+    label = f"{ties:,} {'tie' if ties == 1 else 'ties'}"
+    is_cut = False
+    if len(others):
+        is_cut = _draw_bars(area, others, ties, label)
+        median = float(np.median(margins))
+        area.axvline(median, color=GRAY, linewidth=1.2, linestyle=DASHED, label=f"median {median:.3g}")
+    else:
+        area.bar(0, ties, width=0.1, color=GRAY, linewidth=0, label=f"{label}: all pairs")
+        area.set_xlim(-1, 1)
+    area.axvline(0, color=GRAY, linewidth=0.8)
+    area.legend(fontsize=8.5, frameon=False)
+    area.set_xlabel(
+        "margin: chosen - rejected reward" + ("; the ends hold what lies beyond" if is_cut else ""), color=GRAY
+    )
+    with_titles(area, "Reward margins", "pairs")
+    caption = "How many pairs have which margin; to the left of 0 they are wrong."
+    return Plot("margins", f"{caption} The gray bar at 0 holds the ties." if ties else caption, figure)
+
+
+def _draw_bars(area: Axes, margins: Values, ties: int, label: str) -> bool:
+    """Margins other than 0; whether some lie beyond the axis. 0 is an edge of the bins, so no bar is right and wrong."""
+    low, high = _reach(margins)
+    is_cut = bool(margins.min() < low or margins.max() > high)
+    if ties:
+        low, high = min(low, 0.0), max(high, 0.0)
+    num_bins = int(np.clip(2 * np.sqrt(len(margins)), FEWEST_BINS, MOST_BINS))
+    width = (high - low) / num_bins
+    places = np.arange(np.floor(low / width), np.ceil(high / width) + 1)
+    within = np.clip(margins, width * places[0], width * places[-1])
+    counts, _ = np.histogram(within, width * places)
+    lefts, rights = places[:-1] + 0.05, places[1:] - 0.05
+    if ties:  # the bars beside 0 make room
+        lefts, rights = np.where(places[:-1] == 0, 0.3, lefts), np.where(places[1:] == 0, -0.3, rights)
+        area.bar(0, ties, width=0.4 * width, color=GRAY, linewidth=0, label=label)
+    colors = [BLUE if place >= 0 else RED for place in places[:-1]]
+    area.bar(width * lefts, counts, width=width * (rights - lefts), align="edge", color=colors, linewidth=0)
+    return is_cut
+
+
+def draw_rewards(chosen: Values, rejected: Values) -> Plot | None:
+    """Chosen against rejected rewards, each of shape (pairs,)."""
+    finite = np.isfinite(chosen) & np.isfinite(rejected)
+    chosen, rejected = chosen[finite], rejected[finite]
+    if not len(chosen):
+        return None
+    figure = blank_figure(WIDTH, HEIGHT)
     area = figure.subplots()
     make_quiet(area, grid="both")
-    area.plot([0, 1], [0, 1], color=GRAY, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-    probabilities, accuracies = ([bin_[name] for bin_ in bins] for name in ("mean_probability", "accuracy"))
-    largest = max(bin_["pairs"] for bin_ in bins)
+    (left, right), (bottom, top) = _reach(rejected), _reach(chosen)
+    drawn = np.linspace(0, len(chosen) - 1, min(len(chosen), MOST_POINTS)).astype(np.int64)
+    crowded = len(drawn) > MANY_POINTS
+    for label, is_so, color in (
+        ("chosen higher", chosen > rejected, BLUE),
+        ("chosen lower", chosen < rejected, RED),
+        ("equal", chosen == rejected, GRAY),
+    ):
+        if not is_so.any():
+            continue
+        some = drawn[is_so[drawn]]
+        area.plot(
+            rejected[some],
+            chosen[some],
+            "o",
+            color=color,
+            markersize=3 if crowded else 4,
+            markeredgewidth=0,
+            alpha=0.3 if crowded else 0.6,
+            rasterized=crowded,
+            label=f"{label}: {is_so.mean():.0%}",
+        )
+    area.axline((0, 0), slope=1, color=GRAY, linewidth=0.9, linestyle=DASHED)
+    area.set_xlim(left, right)
+    area.set_ylim(bottom, top)
+    for handle in area.legend(fontsize=8.5, frameon=False).legend_handles:
+        if handle is not None:
+            handle.set_alpha(1)
+    beyond = int(((rejected < left) | (rejected > right) | (chosen < bottom) | (chosen > top)).sum())
+    note = f"; {beyond:,} {'pair lies' if beyond == 1 else 'pairs lie'} beyond the axes" if beyond else ""
+    area.set_xlabel(f"reward of the rejected answer{note}", color=GRAY)
+    with_titles(area, "Chosen against rejected rewards", "reward of the chosen answer")
+    some_of = f", {MOST_POINTS:,} of {len(chosen):,}" if len(chosen) > MOST_POINTS else ""
+    caption = f"Each point is a pair{some_of}. Above the dashed line the chosen answer has the higher reward."
+    return Plot("rewards", caption, figure)
+
+
+def draw_reliability(calibration: Mapping[str, Any]) -> Plot | None:
+    """Mean probability against accuracy, of each bin that holds pairs."""
+    bins = calibration["bins"]
+    if not bins:
+        return None
+    figure = blank_figure(WIDTH, HEIGHT)
+    area = figure.subplots()
+    make_quiet(area, grid="both")
+    area.plot([0, 1], [0, 1], color=GRAY, linewidth=0.9, linestyle=DASHED, zorder=1)
+    names = ("mean_probability", "accuracy", "accuracy_interval", "pairs")
+    probabilities, accuracies, intervals, counts = ([bin_[name] for bin_ in bins] for name in names)
     area.plot(probabilities, accuracies, color=BLUE, linewidth=0.8, alpha=0.35, zorder=2)
-    banded = [(bin_, _interval(bin_)) for bin_ in bins if _interval(bin_)]
-    for bin_, bounds in banded:
-        area.plot([bin_["mean_probability"]] * 2, bounds, color=BLUE, linewidth=1.1, alpha=0.6, zorder=2, clip_on=False)
-    area.scatter(
-        probabilities,
-        accuracies,
-        s=[14 + 150 * bin_["pairs"] / largest for bin_ in bins],
-        color=BLUE,
-        alpha=0.75,
-        linewidths=0,
-        zorder=3,
-        clip_on=False,
-    )
-    # Bins begin at a half where each pair is seen from the side that the model prefers.
-    start = 0.5 if min(probabilities) >= 0.5 else 0.0
-    area.set_xlim(start, 1)
-    area.set_ylim(min(start, *accuracies, *(min(bounds) for _, bounds in banded)), 1)
+    for probability, interval in zip(probabilities, intervals, strict=True):
+        area.plot([probability] * 2, interval, color=BLUE, linewidth=1.1, alpha=0.6, zorder=2, clip_on=False)
+    sizes = [14 + 150 * count / max(counts) for count in counts]
+    area.scatter(probabilities, accuracies, s=sizes, color=BLUE, alpha=0.75, linewidths=0, zorder=3, clip_on=False)
+    area.set_xlim(0.5, 1)  # each pair is seen from the side that the model prefers
+    area.set_ylim(min(0.5, *(low for low, _ in intervals)), 1)
     area.set_xlabel("probability, mean of the bin", color=GRAY)
     with_titles(area, "Reliability", "share of pairs ranked right")
-    return figure
+    caption = (
+        "The probability that the model gives to the answer that it prefers, sigma(|margin|), against how often that answer "
+        "is the chosen one, with its interval. On the dashed line the two agree; the larger a point, the more pairs."
+    )
+    return Plot("reliability", caption, figure)
 
 
-def _interval(bin_: Mapping[str, Any]) -> list[float]:
-    """Of the accuracy of a bin; empty where there is none."""
-    bounds = bin_.get("accuracy_interval") or []
-    return list(bounds) if len(bounds) == 2 and all(map(is_number, bounds)) else []
+def _reach(values: Values) -> tuple[float, float]:
+    """The ends of an axis."""
+    tail = TAIL if len(values) >= FEW_PAIRS else 0.0
+    low, high = (float(bound) for bound in np.quantile(values, [tail, 1 - tail]))
+    room = 0.04 * (high - low) or 0.5
+    return low - room, high + room

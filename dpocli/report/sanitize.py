@@ -1,11 +1,10 @@
-r"""Text that comes from data, made harmless to read: what is invisible is shown, what would reorder a line is named.
+r"""Text from data, made harmless to show: invisible characters, and marks that reorder a line, are replaced by their names.
 
-Escaping for HTML is the template's business (autoescape); here is what escaping leaves alone and a page should not hold:
-NUL and other control characters, marks that turn the direction of a line around, halves of surrogate pairs.
+The template escapes HTML. This module replaces what escaping keeps: NUL and other control characters, marks of direction,
+halves of surrogate pairs.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Iterable
 
 from markupsafe import Markup, escape
@@ -22,18 +21,16 @@ _NONCHARACTER = "[\ufdd0-\ufdef\ufffe\uffff]"
 
 _UNSHOWABLE = re.compile("|".join((_CONTROL, _DIRECTION, _INVISIBLE, _SURROGATE, _NONCHARACTER)))
 
-_WHITE_SPACE = {ord(" "): "␣", ord("\n"): "↵", ord("\t"): "⇥"}
-
 _MARKED = re.compile(f"(?P<unshowable>{_UNSHOWABLE.pattern})|(?P<newline>\n)|(?P<tab>\t)|(?P<spaces> {{2,}}|^ +$)")
 
 
 def plain(text: str) -> str:
-    """The same text with every character that cannot be shown replaced by its name: `⟨U+202E⟩`."""
+    """Replace every character that cannot be shown by its name: `⟨U+202E⟩`."""
     return _UNSHOWABLE.sub(lambda match: _name(match[0]), text)
 
 
 def one_line(text: str, longest: int = 60) -> str:
-    """For a label: `plain`, on one line. Of a longer one both ends stay, since either may be what tells it from others."""
+    """Make a label: `plain`, on one line, cut in the middle, since labels may differ at either end."""
     text = " ".join(plain(text).split())
     if len(text) <= longest:
         return text
@@ -41,56 +38,23 @@ def one_line(text: str, longest: int = 60) -> str:
     return f"{text[: longest - 1 - tail]}…{text[len(text) - tail :]}"
 
 
-def told_apart(labels: Iterable[str], longest: int = 60) -> dict[str, str]:
-    """Each label of a table → `one_line` of it, but never the same for two of them.
-
-    Where both ends agree, the place is shown where they begin to differ; where they differ in white space alone, white
-    space is marked; what still looks the same is numbered.
-    """
-    shown = {label: one_line(label, longest) for label in labels}
-    for alike in _alike(shown):
-        shown |= _where_they_differ(alike, longest)
-    for alike in _alike(shown):
-        for number, label in enumerate(alike[1:], start=2):
+def distinct_labels(labels: Iterable[str], longest: int = 60) -> dict[str, str]:
+    """Each label of a table → `one_line` of it; labels that would look the same are numbered."""
+    shown: dict[str, str] = {}
+    for label in dict.fromkeys(labels):
+        text, number = one_line(label, longest), 1
+        while text in shown.values():
+            number += 1
             end = f" ({number})"
-            shown[label] = one_line(shown[label], longest - len(end)) + end
+            text = one_line(label, longest - len(end)) + end
+        shown[label] = text
     return shown
 
 
-def _alike(shown: dict[str, str]) -> list[list[str]]:
-    """The labels that are shown as the same text, where these are several."""
-    found = defaultdict(list)
-    for label, text in shown.items():
-        found[text].append(label)
-    return [labels for labels in found.values() if len(labels) > 1]
-
-
-def _where_they_differ(labels: list[str], longest: int) -> dict[str, str]:
-    texts = [" ".join(plain(label).split()) for label in labels]
-    if len({*texts}) < len(texts):
-        texts = [plain(label.translate(_WHITE_SPACE)) for label in labels]
-    shortest = min(map(len, texts))
-    place = next((place for place in range(shortest) if len({text[place] for text in texts}) > 1), shortest)
-    return {label: _around(text, place, longest) for label, text in zip(labels, texts, strict=True)}
-
-
-def _around(text: str, place: int, longest: int) -> str:
-    """The beginning of a text, and what stands around a place further on."""
-    head = longest // 3
-    width = longest - head - 2
-    if len(text) <= longest:
-        return text
-    if place + width // 4 < longest - 1:
-        return f"{text[: longest - 1]}…"
-    start = max(head, min(place - width // 4, len(text) - width))
-    stop = start + width
-    return f"{text[:head]}{'…' if start > head else ''}{text[start:stop]}{'…' if stop < len(text) else ''}"
-
-
 def marked(text: str) -> Markup:
-    """As HTML that keeps white space and shows it: ends of lines, tabs, several spaces, and what cannot be shown.
+    """HTML that keeps white space and marks it: line ends, tabs, several spaces, and what cannot be shown.
 
-    The marks are not part of what a reader copies from the page (see `.mark` in the template).
+    A reader who copies from the page does not copy the marks (see `.mark` in the template).
     """
     pieces: list[Markup] = []
     end = 0

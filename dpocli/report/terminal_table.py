@@ -1,35 +1,39 @@
-"""The report on the terminal: what a reader wants first, in tables that fit a hundred columns."""
+"""The report on the terminal: tables that fit a hundred columns."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpocli.config.loss_expression import LossChoice
 from dpocli.console.console import Printer
 from dpocli.console.progress import format_value
-from dpocli.report.sanitize import one_line, told_apart
-from dpocli.report.wording import counted, models_in_order
+from dpocli.evaluation.figures import FIGURES
+from dpocli.report.sanitize import distinct_labels, one_line
+from dpocli.report.wording import ACCURACY, MARGIN, Report, counted, models_in_order, ties_throughout
 
 LONGEST_NAME = 28
 
 LONGEST_LOSS = 80
-"""Its numbers are what tells it from others; a narrow window folds it."""
+"""Losses may differ only in their numbers; a narrow window folds them."""
 
 LONGEST_PATH = 240
 """In a sentence, which has no columns."""
 
-MANY_TIES = 0.5
-"""Share of pairs, beyond which accuracies mislead."""
-
-Row = Sequence[object]
+INTERVAL = "95% interval"
 
 
-def render(printer: Printer, report: Mapping[str, Any]) -> None:
-    """Prints the figures of the first model, the other losses and models, and the slices."""
+def render(printer: Printer, report: Report) -> None:
+    """Print the figures of the first model, the other losses and models, the slices and the gates."""
     loss = LossChoice.model_validate(report["loss_choice"])
     several = f" of {counted(report['prompts'], 'prompt')}" if report["prompts"] < report["pairs"] else ""
-    printer.say(f"{_in_words(report['model'])}: {counted(report['pairs'], 'pair')}{several}, rewards of {loss}")
-    printer.table("", ["", "value", "95% interval", "what it is"], list(_figures(report)))
+    model = one_line(report["model"], LONGEST_PATH)
+    printer.say(f"{model}: {counted(report['pairs'], 'pair')}{several}, rewards of {loss}")
+    rows = [
+        [figure.label, value, _span(figure.interval(report)), figure.note]
+        for figure in FIGURES
+        if (value := figure.value(report)) is not None
+    ]
+    printer.table("", ["", "value", INTERVAL, "what it is"], rows)
     if report["by_loss"]:
         _losses(printer, report["by_loss"])
     if len(report["models"]) > 1:
@@ -38,60 +42,17 @@ def render(printer: Printer, report: Mapping[str, Any]) -> None:
         _slices(printer, report["slices"])
     printer.say("Accuracy counts a pair as right when its chosen reward is strictly higher; a tie is not right.")
     for gate in report.get("requirements", []):
-        printer.say(
-            f"{gate['require']}: {'holds' if gate['holds'] else 'does NOT hold'} ({format_value(gate['value'])})"
-        )
+        outcome = "holds" if gate["holds"] else "does NOT hold"
+        printer.say(f"{gate['require']}: {outcome} ({format_value(gate['value'])})")
 
 
-def _figures(report: Mapping[str, Any]) -> Iterator[Row]:
-    quantiles = report["rewards/margins_quantiles"]
-    yield "reward accuracy", report["rewards/accuracies"], _span(report["rewards/accuracies_interval"]), ""
-    yield "ties", report["rewards/ties"], "", ""
-    yield "within numeric noise", report["rewards/within_noise"], "", "margins that rounding alone may turn"
-    yield "margin", report["rewards/margins"], _span(report["rewards/margins_interval"]), "chosen - rejected reward"
-    spread = ", ".join(f"{q} {format_value(quantiles[p])}" for p, q in (("0.05", "5%"), ("0.95", "95%")))
-    yield "  median", quantiles["0.5"], "", spread
-    yield "loss", report["loss"], "", ""
-    for name, meaning in _OTHER_ACCURACIES.items():
-        if name in report["accuracies"]:
-            entry = report["accuracies"][name]
-            yield f"accuracy, {name.replace('_', ' ')}", entry["value"], _span(entry["interval"]), meaning
-    yield "Brier score", report["calibration"]["brier"], "", "of σ(margin); 0.25 knows nothing"
-    if "logratios/chosen" in report:
-        yield "log-ratio, chosen", report["logratios/chosen"], "", "mean, nats; not a KL"
-        yield "log-ratio, rejected", report["logratios/rejected"], "", ""
-        yield "displacement", report["displacement"], "", "chosen answers that became less likely"
-    yield "reward and length", report["correlation/reward_length"], "", "Pearson's correlation"
-    if second := report.get("second_reference"):
-        accuracy = second["accuracy"]
-        yield "second reference", accuracy["value"], _span(accuracy["interval"]), f"accuracy, {second['pairs']:,} pairs"
-        if "rewards/accuracies" in second:
-            span = _span(second["rewards/accuracies_interval"])
-            yield "  rewards against it", second["rewards/accuracies"], span, "accuracy"
-            yield "", second["rewards/margins"], _span(second["rewards/margins_interval"]), "margin"
-
-
-_OTHER_ACCURACIES = {
-    "length_normalised": "per token",
-    "policy": "raw log-probs, no reference",
-    "reference": "the reference's own",
-    "pick_the_longer": "baseline; equal lengths count half",
-}
-
-
-def _losses(printer: Printer, by_loss: Mapping[str, Mapping[str, Any]]) -> None:
-    columns = ["", "accuracy", "95% interval", "ties", "margin", "median", "chosen", "rejected", "loss"]
-    names = told_apart(by_loss, LONGEST_LOSS)
+def _losses(printer: Printer, by_loss: Mapping[str, Report]) -> None:
+    columns = ["", "accuracy", INTERVAL, "ties", "margin", "median", "chosen", "rejected", "loss"]
+    names = distinct_labels(by_loss, LONGEST_LOSS)
     rows = [
         [
-            names[name],
-            entry["rewards/accuracies"],
-            _span(entry["rewards/accuracies_interval"]),
-            entry["rewards/ties"],
-            entry["rewards/margins"],
-            entry["rewards/margins_quantiles"]["0.5"],
-            entry["rewards/chosen"],
-            entry["rewards/rejected"],
+            *(names[name], *_accuracy(entry), entry["rewards/ties"], entry[MARGIN]),
+            *(entry["rewards/margins_quantiles"]["0.5"], entry["rewards/chosen"], entry["rewards/rejected"]),
             entry["loss"],
         ]
         for name, entry in by_loss.items()
@@ -99,55 +60,43 @@ def _losses(printer: Printer, by_loss: Mapping[str, Mapping[str, Any]]) -> None:
     printer.table("By loss", columns, rows)
 
 
-def _models(printer: Printer, report: Mapping[str, Any]) -> None:
-    """The first against each other, on the same pairs."""
+def _models(printer: Printer, report: Report) -> None:
     models = models_in_order(report)
-    columns = ["model", "step", "accuracy", "95% interval", "difference", "95% interval", "margin diff."]
     within = _common_directory([entry["name"] for entry, _ in models])
-    names = {entry["name"]: entry["name"].removeprefix(within) for entry, _ in models}
-    shown = told_apart(names.values(), LONGEST_NAME - 4)
+    names = distinct_labels((entry["name"].removeprefix(within) for entry, _ in models), LONGEST_NAME - 4)
     rows = [
         [
-            shown[names[entry["name"]]],
-            entry["step"],
-            entry["rewards/accuracies"],
-            _span(entry["rewards/accuracies_interval"]),
-            found.get("accuracy_difference"),
-            _span(found.get("accuracy_interval")),
-            found.get("margin_difference"),
+            *(names[entry["name"].removeprefix(within)], entry["step"], *_accuracy(entry)),
+            *(found.get("accuracy_difference"), _span(found.get("accuracy_interval")), found.get("margin_difference")),
         ]
         for entry, found in models
     ]
+    columns = ["model", "step", "accuracy", INTERVAL, "difference", INTERVAL, "margin diff."]
     printer.table("Models; differences: the first less each, pair by pair, a tie as half right", columns, rows)
-    for entry in report["models"]:
-        if entry["rewards/ties"] > MANY_TIES:
-            printer.say(
-                f"{_in_words(entry['name'])} ties on {entry['rewards/ties']:.0%} of the pairs, as the reference itself does: a tie is not"
-                " right, so its accuracy says nothing."
-            )
+    for entry in filter(ties_throughout, report["models"]):
+        printer.say(
+            f"{one_line(entry['name'], LONGEST_PATH)} ties on {entry['rewards/ties']:.0%} of the pairs, as the reference "
+            "itself does: a tie is not right, so its accuracy says nothing."
+        )
     for found in report["comparisons"]:
         if why := found.get("why_no_margin"):
-            printer.say(f"{_in_words(found['against'])}: compared by accuracy only; {why}.")
+            printer.say(f"{one_line(found['against'], LONGEST_PATH)}: compared by accuracy only; {why}.")
 
 
 def _slices(printer: Printer, slices: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    kinds = told_apart(slices, LONGEST_NAME)
-    names = {kind: told_apart((entry["name"] for entry in entries), LONGEST_NAME) for kind, entries in slices.items()}
-    rows = [
-        [
-            kinds[kind] if place == 0 else "",
-            names[kind][entry["name"]],
-            entry["pairs"],
-            entry["accuracy"],
-            _span(entry["interval"]),
-            entry["margin"],
-            "too uncertain to tell" if entry["too_small"] else "",
-        ]
-        for kind, entries in slices.items()
-        for place, entry in enumerate(entries)
-    ]
-    if rows:
-        printer.table("Slices", ["by", "", "pairs", "accuracy", "95% interval", "margin", ""], rows)
+    kinds = distinct_labels(slices, LONGEST_NAME)
+    rows = []
+    for kind, entries in slices.items():
+        names = distinct_labels((entry["name"] for entry in entries), LONGEST_NAME)
+        for place, entry in enumerate(entries):
+            uncertain = "too uncertain to tell" if entry["too_small"] else ""
+            figures = (entry["pairs"], entry["accuracy"], _span(entry["interval"]), entry["margin"], uncertain)
+            rows.append(["" if place else kinds[kind], names[entry["name"]], *figures])
+    printer.table("Slices", ["by", "", "pairs", "accuracy", INTERVAL, "margin", ""], rows)
+
+
+def _accuracy(figures: Report) -> tuple[float, str]:
+    return figures[ACCURACY], _span(figures[f"{ACCURACY}_interval"])
 
 
 def _span(interval: Sequence[float] | None) -> str:
@@ -155,10 +104,6 @@ def _span(interval: Sequence[float] | None) -> str:
 
 
 def _common_directory(names: Sequence[str]) -> str:
-    """What all absolute paths among them begin with, where there are several: it tells none from another."""
+    """The directory that holds all absolute paths, where there are several; names are shown without it."""
     absolute = [os.path.dirname(name) for name in names if os.path.isabs(name)]
     return os.path.join(os.path.commonpath(absolute), "") if len(absolute) > 1 else ""
-
-
-def _in_words(name: str) -> str:
-    return one_line(name, LONGEST_PATH)

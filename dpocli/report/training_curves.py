@@ -1,4 +1,4 @@
-"""`curves.png`: whether a run is healthy, seen at a glance."""
+"""`curves.png`: the metrics of a training run over its steps."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -8,11 +8,19 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from dpocli.report.plot_style import BLUE, GRAY, RED, make_quiet, plain_number, whole_steps, with_titles
+from dpocli.report.plot_style import (
+    BLUE,
+    DASHED,
+    GRAY,
+    RED,
+    blank_figure,
+    make_quiet,
+    plain_number,
+    whole_steps,
+    with_titles,
+)
 from dpocli.run.files import write_atomically
 
 MetricRows = Sequence[Mapping[str, Any]]
@@ -20,10 +28,10 @@ MetricRows = Sequence[Mapping[str, Any]]
 HELD_OUT = "eval/"
 
 SMOOTHING = 0.05
-"""Share of the run over which the thick line averages."""
+"""Share of the run that the thick line averages over."""
 
 CROWDED = 1000
-"""Steps from which on the thin line is an area, and must not hide the thick one."""
+"""Steps from which on the thin line is paler, so that it does not hide the thick one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,42 +47,33 @@ class _Panel:
     unit: str
     curves: tuple[_Curve, ...]
     reference: float | None = None
-    """Where a horizontal line tells good from bad."""
+    """A horizontal line between good and bad."""
     limits: tuple[float, float] | None = None
     log: bool = False
 
 
+# fmt: off
 PANELS = (
     _Panel("Loss", "", (_Curve("loss"),)),
     _Panel("Reward accuracy", "ties count half", (_Curve("rewards/accuracies"),), reference=0.5, limits=(-0.02, 1.02)),
     _Panel("Reward margin", "chosen - rejected", (_Curve("rewards/margins"),), reference=0.0),
-    _Panel(
-        "Rewards",
-        "",
-        (_Curve("rewards/chosen", "chosen", BLUE), _Curve("rewards/rejected", "rejected", RED)),
-        reference=0.0,
-    ),
-    _Panel(
-        "Log-probs of the sides",
-        "nats",
-        (_Curve("logps/chosen", "chosen", BLUE), _Curve("logps/rejected", "rejected", RED)),
-    ),
+    _Panel("Rewards", "", (_Curve("rewards/chosen", "chosen", BLUE), _Curve("rewards/rejected", "rejected", RED)), reference=0.0),
+    _Panel("Log-probs of the sides", "nats", (_Curve("logps/chosen", "chosen", BLUE), _Curve("logps/rejected", "rejected", RED))),
     _Panel("Gradient norm before clipping", "", (_Curve("grad_norm"),), log=True),
 )
+# fmt: on
 
 
 def draw_curves(metrics: MetricRows, path: Path) -> None:
     """Draw the rows of `metrics.jsonl` as a PNG file.
 
-    Training is a thin line with its running mean, held-out figures (`eval/…`) are markers. What the rows do not hold
-    is left out.
+    Training is a thin line with its running mean, held-out figures (`eval/…`) are markers. Missing metrics are left out.
 
     Args:
         metrics: rows in the order of their steps, each with `step`.
         path: the file to write.
     """
-    figure = Figure(figsize=(13.5, 7.2), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(13.5, 7.2)
     axes = figure.subplots(2, 3, sharex=True).flat
     for panel, area in zip(PANELS, axes, strict=True):
         _draw_panel(area, panel, metrics)
@@ -100,7 +99,7 @@ def _draw_panel(area: Axes, panel: _Panel, metrics: MetricRows) -> None:
         area.set_yticks([])
         return
     if panel.reference is not None:
-        area.axhline(panel.reference, color=GRAY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
+        area.axhline(panel.reference, color=GRAY, linewidth=0.8, linestyle=DASHED, zorder=1)
     if panel.limits:
         area.set_ylim(*panel.limits)
     if panel.log and _spans_a_decade(area):
@@ -131,19 +130,8 @@ def _draw_training(area: Axes, curve: _Curve, metrics: MetricRows, label: str) -
 def _draw_held_out(area: Axes, curve: _Curve, metrics: MetricRows, label: str) -> None:
     steps, values = _series(metrics, HELD_OUT + curve.key)
     if len(values):
-        area.plot(
-            steps,
-            values,
-            color=curve.color,
-            linestyle=":",
-            linewidth=1.0,
-            marker="o",
-            markersize=6,
-            markerfacecolor="white",
-            markeredgewidth=1.6,
-            label=label,
-            zorder=4,
-        )
+        (line,) = area.plot(steps, values, "o:", color=curve.color, linewidth=1.0, label=label, zorder=4)
+        line.set(markersize=6, markerfacecolor="white", markeredgewidth=1.6)
 
 
 def _draw_learning_rate(area: Axes, metrics: MetricRows) -> None:
@@ -151,17 +139,8 @@ def _draw_learning_rate(area: Axes, metrics: MetricRows) -> None:
     if not len(values):
         return
     right = area.twinx()
-    marker = "o" if len(values) < 3 else ""
-    right.plot(
-        steps,
-        values,
-        color=GRAY,
-        linewidth=1.2,
-        linestyle="--",
-        marker=marker,
-        markersize=3,
-        label="learning rate (right)",
-    )
+    style = "o--" if len(values) < 3 else "--"
+    right.plot(steps, values, style, color=GRAY, linewidth=1.2, markersize=3, label="learning rate (right)")
     right.set_ylim(0, float(values.max()) * 1.15 or 1.0)
     right.yaxis.set_major_formatter(plain_number)
     right.tick_params(colors=GRAY, labelsize=9, length=0)
@@ -174,16 +153,16 @@ def _draw_learning_rate(area: Axes, metrics: MetricRows) -> None:
 
 
 def _set_steps(area: Axes, metrics: MetricRows) -> None:
-    """The same whole steps below all panels, with room around a single one."""
+    """Give all panels the same whole steps, with room around a single one."""
     steps = [row["step"] for row in metrics if "step" in row] or [0]
     margin = max(0.5, 0.03 * (max(steps) - min(steps)))
     area.set_xlim(min(steps) - margin, max(steps) + margin)
 
 
 def _series(metrics: MetricRows, key: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Steps and values of one metric, without the rows that lack it (NaN stands as null in `metrics.jsonl`).
+    """Steps and values of one metric, without the rows that lack it (NaN is null in `metrics.jsonl`).
 
-    In accuracies a tie is right by half here: the untrained policy, which ties on every pair, stands where chance does.
+    In accuracies a tie counts half here, so that the untrained policy, which ties on every pair, is at chance.
     """
     ties = key.replace("accuracies", "ties") if key.endswith("accuracies") else None
     points = [

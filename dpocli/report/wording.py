@@ -1,22 +1,23 @@
-"""What a report says in words: the result, what a reader may conclude from it, and what not."""
+"""The words of a report: the result, what follows from it, what does not, and how numbers are printed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dpocli.config.loss_expression import LossChoice
 
 Report = Mapping[str, Any]
+Formatter = Callable[[float | None], str]
 
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 
 _TIES_HALF_INTERVAL = "rewards/accuracies_ties_half_interval"
 
 FEW_PROMPTS = 100
-"""Below which an interval is too wide, and too rough itself, to carry a decision."""
+"""Below which an interval is too wide, and too rough itself, to decide by."""
 
 MOST_COMPARISONS = 3
-"""That the headline tells, the first ones; the table has all."""
+"""Comparisons in the headline, the first ones; the table has all."""
 
 NOT_TOLD_APART = "not told apart"
 
@@ -24,12 +25,12 @@ MOST = 0.5
 """Share of pairs beyond which ties, or margins within rounding, leave nothing to conclude."""
 
 MUCH_NOISE = 0.05
-"""Share of pairs within the noise of the dtype from which on they are worth a word."""
+"""Share of pairs within the noise of the dtype from which on the report mentions it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Headline:
-    """What stands at the top of a report."""
+    """The top of a report."""
 
     accuracy: str
     interval: str
@@ -38,17 +39,19 @@ class Headline:
     """"better", "worse" or "open": against tossing a coin."""
     sentence: str
     may: list[str]
+    """What may be concluded."""
     may_not: list[str]
+    """What may not."""
     against_reference: bool
     """Whether the reward looks at the reference."""
 
 
 def headline(report: Report) -> Headline:
-    """The result in words, with the bounds of what it means."""
-    verdict = _verdict(report)
+    """State the result, what follows from it, and what does not."""
+    verdict, ties = _verdict(report), ties_throughout(report)
     return Headline(
-        accuracy="ties" if ties_throughout(report) else percent(report.get(ACCURACY)),
-        interval="" if ties_throughout(report) else between(report.get(f"{ACCURACY}_interval"), percent),
+        accuracy="ties" if ties else percent(report.get(ACCURACY)),
+        interval="" if ties else between(report.get(f"{ACCURACY}_interval"), percent),
         verdict=verdict,
         sentence=_sentence(report),
         may=[
@@ -68,88 +71,75 @@ def _sentence(report: Report) -> str:
         if rewards_compare(report)
         else "The chosen answer has the higher reward, which looks at no reference,"
     )
-    prompts = report.get("prompts")
-    of_prompts = f" of {counted(prompts, 'prompt')}" if prompts and prompts != report["pairs"] else ""
+    prompts = report["prompts"]
+    of_prompts = f" of {counted(prompts, 'prompt')}" if prompts != report["pairs"] else ""
     return f"{prefers} in {percent(report.get(ACCURACY))} of {counted(report['pairs'], 'pair')}{of_prompts}."
 
 
 def _verdict(report: Report) -> str:
-    """By the accuracy in which a tie is right by half: with a tie as wrong, a model that ties often would look worse than a
-    coin."""
-    bounds = report.get(_TIES_HALF_INTERVAL)
-    if not bounds or None in bounds or undecided(report):
-        return "open"
-    return "better" if bounds[0] > 0.5 else "worse" if bounds[1] < 0.5 else "open"
+    """Against a coin, by the accuracy in which a tie counts half: as wrong, a model that ties often would look worse."""
+    verdict = verdict_on(report.get(_TIES_HALF_INTERVAL), level=0.5)
+    return "open" if undecided(report) or verdict == NOT_TOLD_APART else verdict
 
 
 def _against_chance(report: Report, verdict: str) -> str:
-    if ties_throughout(report):
-        return (
-            f"Most margins are exactly 0 ({percent(report['rewards/ties'])} ties, which count as not right): "
-            f"{_SAME[rewards_compare(report)]}, and there is nothing to conclude yet."
-        )
     if undecided(report):
-        return (
-            f"{percent(report['rewards/within_noise'])} of the margins lie within the rounding of "
-            f"{report.get('dtype') or 'the dtype'}: {_SAME[rewards_compare(report)]}, and there is nothing to conclude yet."
+        what = (
+            f"Most margins are exactly 0 ({percent(report['rewards/ties'])} ties, which count as not right)"
+            if ties_throughout(report)
+            else f"{percent(report['rewards/within_noise'])} of the margins lie within the rounding of {_dtype(report)}"
         )
-    bounds = report.get(_TIES_HALF_INTERVAL)
-    told = between(bounds, lambda bound: percent_beside(bound, 0.5))
-    if not told:
+        same = (
+            "the model is its reference, or nearly so"
+            if rewards_compare(report)
+            else "the model does not tell the answers apart"
+        )
+        return f"{what}: {same}, and there is nothing to conclude yet."
+    interval = between(report.get(_TIES_HALF_INTERVAL), lambda bound: _percent_beside(bound or 0, 0.5))
+    if not interval:
         return "No interval was computed, so nothing can be said about how sure the figure is."
     if report.get("rewards/ties"):
-        told += " with a tie as right by half"
-    if verdict == "better":
-        return f"It ranks such pairs better than a coin would: the whole interval, {told}, lies above 50%."
-    if verdict == "worse":
-        return f"It ranks such pairs worse than a coin would: the whole interval, {told}, lies below 50%."
-    return f"It cannot be told from tossing a coin: 50% lies within the interval, {told}."
-
-
-_SAME = {True: "the model is its reference, or nearly so", False: "the model does not tell the answers apart"}
+        interval += " with a tie as half right"
+    if verdict == "open":
+        return f"It cannot be told from tossing a coin: 50% lies within the interval, {interval}."
+    side = "above" if verdict == "better" else "below"
+    return f"It ranks such pairs {verdict} than a coin would: the whole interval, {interval}, lies {side} 50%."
 
 
 def _against_length(report: Report, verdict: str) -> list[str]:
-    """Against the better of two rules, which is chosen by the same pairs: so it is held up to the model rather too high."""
+    """Against the better of two rules, chosen by the same pairs: the model is compared with a rule that is rather too good."""
     found = report.get("over_length") or {}
-    bounds = found.get("interval")
-    if undecided(report) or not bounds:
+    if undecided(report) or not found.get("interval"):
         return []
     rule = f"always picking the {found['rule']} answer, which is right in {percent(found['rule_accuracy'])}"
-    by = f"{points(found['value'])} points, 95% interval {between(bounds, points_beside_0)}"
-    if bounds[0] > 0:
-        return [f"It does better than {rule}: {by}."]
-    if bounds[1] < 0:
-        return [f"It does worse than {rule}: {by}."]
+    by = f"{points(found['value'])} points, 95% interval {between(found['interval'], points_beside_0)}"
+    if (than_rule := verdict_on(found["interval"])) != NOT_TOLD_APART:
+        return [f"It does {than_rule} than {rule}: {by}."]
     if verdict == "better":
         return [f"Length alone is not ruled out as the reason: it cannot be told from {rule}: {by}."]
     return []
 
 
 def _against_each_other(report: Report) -> list[str]:
-    told = []
-    for entry in (report.get("comparisons") or [])[:MOST_COMPARISONS]:
-        bounds, difference = entry.get("accuracy_interval"), entry.get("accuracy_difference")
-        if difference is None:
-            continue
-        other = _model(report, entry["against"])
-        against = f"{entry['against']}{', which ties as the reference itself does' if ties_throughout(other) else ''}"
-        verdict = verdict_on(bounds)
-        by = f"{points(difference)} points on the same {counted(entry['pairs'], 'pair')}, 95% interval {between(bounds, points_beside_0)}"
-        told.append(
-            f"{entry['model']} cannot be told from {against}: {by}."
-            if verdict == NOT_TOLD_APART
-            else f"{entry['model']} ranks {'more' if verdict == 'better' else 'fewer'} pairs right than {against}: {by}."
-        )
-    return told
+    return [_comparison(report, entry) for entry in report["comparisons"][:MOST_COMPARISONS]]
+
+
+def _comparison(report: Report, entry: Report) -> str:
+    bounds = entry["accuracy_interval"]
+    other: Report = next((model for model in report["models"] if model["name"] == entry["against"]), {})
+    against = f"{entry['against']}{', which ties as the reference itself does' if ties_throughout(other) else ''}"
+    pairs, interval = counted(entry["pairs"], "pair"), between(bounds, points_beside_0)
+    by = f"{points(entry['accuracy_difference'])} points on the same {pairs}, 95% interval {interval}"
+    if (verdict := verdict_on(bounds)) == NOT_TOLD_APART:
+        return f"{entry['model']} cannot be told from {against}: {by}."
+    return f"{entry['model']} ranks {'more' if verdict == 'better' else 'fewer'} pairs right than {against}: {by}."
 
 
 def _displacement(report: Report) -> list[str]:
     displaced = report.get("displacement")
-    if displaced is None or displaced <= 0.5 or undecided(report):
+    if displaced is None or displaced <= MOST or undecided(report):
         return []
-    chosen, rejected = report.get("logratios/chosen"), report.get("logratios/rejected")
-    further = rewards_compare(report) and chosen is not None and rejected is not None and rejected < min(chosen, 0)
+    further = rewards_compare(report) and report["logratios/rejected"] < min(report["logratios/chosen"], 0)
     return [
         f"Chosen answers have become less likely in {percent(displaced)} of the pairs (likelihood displacement)"
         + ("; rejected ones fell further, which is what the margin sees." if further else ".")
@@ -161,16 +151,16 @@ def _limits(report: Report) -> list[str]:
         "How good the answers are that the model writes itself: nothing was generated here. It ranked answers that others wrote.",
         "How it does on pairs of another kind: the interval is about other pairs drawn like these, and no others.",
     ]
-    units = report.get("prompts") or report["pairs"]
-    if units < FEW_PROMPTS:
-        what = "prompt" if units < report["pairs"] else "pair"
-        limits.append(f"Small differences: of {counted(units, what)} even the interval is a rough one.")
-    noise = report.get("rewards/within_noise")
-    if noise is not None and noise >= MUCH_NOISE and not undecided(report):
+    prompts = report["prompts"]
+    if prompts < FEW_PROMPTS:
+        what = "prompt" if prompts < report["pairs"] else "pair"
+        limits.append(f"Small differences: of {counted(prompts, what)} even the interval is a rough one.")
+    noise = report["rewards/within_noise"]
+    if noise >= MUCH_NOISE and not undecided(report):
         limits.append(
-            f"How {percent(noise)} of the pairs are ranked: their margins lie within the rounding of {report.get('dtype') or 'the dtype'}."
+            f"How {percent(noise)} of the pairs are ranked: their margins lie within the rounding of {_dtype(report)}."
         )
-    if report.get("logratios/chosen") is not None:
+    if "logratios/chosen" in report:
         limits.append(
             "How far the model is from its reference as a KL divergence: the log-ratios are means over given answers, "
             "which are not samples of the model."
@@ -178,19 +168,20 @@ def _limits(report: Report) -> list[str]:
     return limits
 
 
+def _dtype(report: Report) -> str:
+    return report.get("dtype") or "the dtype"
+
+
 def models_in_order(report: Report) -> list[tuple[Report, Report]]:
-    """The first model, then the others as they were given, but those of one run in order of their step; each with its
-    comparison to the first."""
-    models, comparisons = report.get("models") or [], report.get("comparisons") or []
-    padded = [{}, *comparisons, *({} for _ in models)]
-    given: list[tuple[Report, Report]] = list(zip(models, padded, strict=False))
-    ordered = list(given)
+    """The models, each with its comparison to the first: the first, then the others as given, but checkpoints of one run
+    by step."""
+    ordered = list(zip(report["models"], [{}, *report["comparisons"]], strict=True))
     runs: dict[str, list[int]] = {}
-    for place, (model, _) in enumerate(given[1:], start=1):
+    for place, (model, _) in enumerate(ordered[1:], start=1):
         if model.get("run") and model.get("step") is not None:
             runs.setdefault(model["run"], []).append(place)
     for places in runs.values():
-        members = sorted((given[place] for place in places), key=lambda member: int(member[0]["step"]))
+        members = sorted((ordered[place] for place in places), key=lambda member: int(member[0]["step"]))
         for place, member in zip(places, members, strict=True):
             ordered[place] = member
     return ordered
@@ -202,45 +193,30 @@ def ties_throughout(figures: Report) -> bool:
 
 
 def undecided(figures: Report) -> bool:
-    """Whether most margins are no larger than what rounding does to them (ties among them), and are not on one side either.
+    """Whether most margins are no larger than their rounding error (ties among them), and on neither side of 0.
 
     Rounding has no direction: where it could turn most margins one by one, it still does not make 80% of them positive.
     """
-    bounds = figures.get(_TIES_HALF_INTERVAL)
-    on_a_side = bounds and None not in bounds and not bounds[0] <= 0.5 <= bounds[1]
-    return ties_throughout(figures) or ((figures.get("rewards/within_noise") or 0) > MOST and not on_a_side)
-
-
-def _model(report: Report, name: str) -> Report:
-    models: Sequence[Report] = report.get("models") or []
-    return next((model for model in models if model.get("name") == name), {})
+    on_a_side = verdict_on(figures.get(_TIES_HALF_INTERVAL), level=0.5) != NOT_TOLD_APART
+    return ties_throughout(figures) or (figures["rewards/within_noise"] > MOST and not on_a_side)
 
 
 def rewards_compare(report: Report) -> bool:
     """Whether rewards are taken against the reference; else they are the policy's own log-probs."""
-    choice = report.get("loss_choice")
-    if not choice:
-        return bool(report.get("reference"))
-    return LossChoice.model_validate(choice).ranked_by.spec.reward.log_ratio
+    return LossChoice.model_validate(report["loss_choice"]).ranked_by.spec.reward.log_ratio
 
 
-def reward_in_words(report: Report) -> str:
-    """What the reward of the loss is, with the loss and its numbers."""
+def describe_reward(report: Report) -> str:
+    """The reward of the loss, with the loss and its numbers."""
     choice = LossChoice.model_validate(report["loss_choice"])
     return f"{choice.ranked_by.spec.reward}; loss {choice}"
 
 
-def verdict_on(bounds: Sequence[float | None] | None) -> str:
-    """Of a paired difference with this interval."""
-    if not bounds or bounds[0] is None or bounds[1] is None:
+def verdict_on(bounds: Sequence[float | None] | None, level: float = 0.0) -> str:
+    """Which side of a level an interval is on: "better", "worse", or "not told apart"."""
+    if not bounds or bounds[0] is None or bounds[1] is None or bounds[0] <= level <= bounds[1]:
         return NOT_TOLD_APART
-    return "better" if bounds[0] > 0 else "worse" if bounds[1] < 0 else NOT_TOLD_APART
-
-
-def _value(report: Report, name: str) -> float | None:
-    entry = (report.get("accuracies") or {}).get(name) or {}
-    value = entry.get("value")
-    return None if value is None else float(value)
+    return "better" if bounds[0] > level else "worse"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -248,8 +224,8 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "–" if value is None or value != value else f"{100 * value:.{digits}f}%"
 
 
-def percent_beside(value: float, level: float) -> str:
-    """With as many digits, up to four, as it takes to see on which side of `level` it lies."""
+def _percent_beside(value: float, level: float) -> str:
+    """With as many digits, up to four, as show on which side of `level` it lies."""
     digits = next((d for d in (1, 2, 3) if value == level or round(100 * value, d) != round(100 * level, d)), 4)
     return percent(value, digits)
 
@@ -259,25 +235,25 @@ def counted(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
-def points(value: float | None) -> str:
+def points(value: float | None, digits: int = 1) -> str:
     """A difference of accuracies: `+2.1`, in percentage points."""
-    return "–" if value is None or value != value else f"{100 * value:+.1f}"
+    return "–" if value is None or value != value else f"{100 * value:+.{digits}f}"
 
 
-def points_beside_0(value: float) -> str:
-    """With as many digits, up to four, as it takes to see on which side of 0 it lies."""
-    digits = next((d for d in (1, 2, 3) if value == 0 or round(100 * value, d) != 0), 4)
-    return f"{100 * value:+.{digits}f}"
+def points_beside_0(value: float | None) -> str:
+    """With as many digits, up to four, as show on which side of 0 it lies."""
+    digits = (d for d in (1, 2, 3) if not value or round(100 * value, d) != 0)
+    return points(value, next(digits, 4))
 
 
 def number(value: float | None) -> str:
-    """Three digits that count."""
+    """With three significant digits."""
     if value is None or value != value:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}".replace("-", "−")
 
 
-def between(bounds: Sequence[float | None] | None, spelled: Any = number) -> str:
+def between(bounds: Sequence[float | None] | None, spelled: Formatter = number) -> str:
     """An interval: `64.1% to 70.0%`; empty where there is none."""
     if not bounds or any(bound is None or bound != bound for bound in bounds):
         return ""

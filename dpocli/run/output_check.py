@@ -15,7 +15,7 @@ PART_PATTERN = "rows-*.parquet"
 
 _WRITTEN = (
     *("config.yaml", "model", "checkpoints", "metrics.jsonl", "summary.json", "curves.png"),
-    *("metrics.json", "pairs.parquet", "report.html", "plots", "pairs", "tensorboard", "wandb"),
+    *("metrics.json", "inputs.json", "pairs.parquet", "report.html", "plots", "pairs", "tensorboard", "wandb"),
 )
 """What train and evaluate write, and must not overwrite where another program wrote it."""
 

@@ -68,6 +68,11 @@ class Status:
         return self.is_of_this_host and (self.pid, self.pid_started) == (os.getpid(), start_time(os.getpid()))
 
     @property
+    def has_result(self) -> bool:
+        """Whether the command finished; `evaluate` has written its report before a gate fails."""
+        return self.state == "done" or self.exit_code == ExitCode.GATE
+
+    @property
     def is_alive(self) -> bool:
         """Whether its writer is: on this host by process number and start time, on another one by the heartbeat."""
         if self.state != "running":
@@ -142,9 +147,9 @@ def holds_result(directory: Path, shard: str = "0/1") -> bool:
     Where this shard has no status yet, that of any other shard counts: they fill one cache.
     """
     if (own := StatusFile(directory, shard).read()) is not None:
-        return own.state == "done"
+        return own.has_result
     names = [path.name.removesuffix(".json").removeprefix("status") for path in directory.glob("status*.json")]
-    return any((other := StatusFile(directory, writer=name).read()) and other.state == "done" for name in names)
+    return any((other := StatusFile(directory, writer=name).read()) and other.has_result for name in names)
 
 
 def record_failure(directory: Path, outcome: Outcome, command: str, shard: str = "0/1") -> None:
@@ -156,7 +161,7 @@ def record_failure(directory: Path, outcome: Outcome, command: str, shard: str =
     now = new_status(command)
     file = StatusFile(directory, shard)
     before, additional = file.read(), StatusFile(directory, shard, writer_suffix(now)).read()
-    if before is None or before.command != command or before.state == "done" or before.is_alive:
+    if before is None or before.command != command or before.has_result or before.is_alive:
         return
     if any(status and status.is_of_this_process for status in (before, additional)):
         return

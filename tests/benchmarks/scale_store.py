@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dpocli.cache.data_report import triage
+from dpocli.cache.data_report import DataReport
 from dpocli.cache.reader import PairStore
 
 BATCH = 128
@@ -90,7 +90,7 @@ def measure(directory: Path, num_pairs: int) -> dict[str, Any]:
     for turn, name in enumerate(("shuffled, as train reads", "shuffled, as many again")):
         _, phases[name] = measured(BATCH * BATCHES, lambda turn=turn: at_random(turn * BATCH * BATCHES))
     _, phases["in order, as evaluate reads"] = measured(min(len(store), WINDOW * WINDOWS), one_after_another)
-    _, phases["triage"] = measured(num_pairs, lambda: triage(store))
+    _, phases["triage"] = measured(num_pairs, lambda: DataReport.of(store))
     return {
         "tokens": sum(store.counts[f"{name}_tokens"] for name in ("prompt", "chosen", "rejected")),
         "phases": {name: asdict(phase) for name, phase in phases.items()},

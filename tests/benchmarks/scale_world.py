@@ -85,9 +85,12 @@ class World:
 
 def write_share(world: World, index: int, count: int) -> None:
     """The tiles that one of several processes writes."""
-    from dpocli.commands.precompute import Job
+    import torch
+
+    from dpocli.commands.precompute import PrecomputeJob
     from dpocli.config.commands import PrecomputeOptions
     from dpocli.console.console import Console
+    from dpocli.distributed.processes import Processes
 
     options = build_options(
         PrecomputeOptions,
@@ -97,8 +100,9 @@ def write_share(world: World, index: int, count: int) -> None:
         rows_per_part=world.rows_per_part,
         dtype="float32",
     )
-    writer = Job.of(options, Console()).writer()
+    writer = PrecomputeJob.resolve(options, Console(), Processes(0, 1, torch.device("cpu"))).writer()
     writer.check()
+    writer.prepare()
     for tile in writer.missing(index, count):
         writer.write(tile, random_pairs(tile.start, tile.stop, world))
 

@@ -1,6 +1,5 @@
 """dpocli as a contender: scoring and a training step through the code that its commands run."""
 
-import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from dpocli.config.commands import TrainOptions
 from dpocli.config.flags import build_options
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import ModelOptions
-from dpocli.console.progress import Nothing, Progress
+from dpocli.console.progress import Progress
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout, pack
 from dpocli.data.preference import EncodedPair, ReferenceLogps
@@ -150,7 +149,7 @@ def encoded(pairs: list[Pair]) -> list[EncodedPair]:
 
 
 def _reference(scorer: PairScorer, pairs: list[EncodedPair]) -> list[EncodedPair]:
-    return reference_logps(scorer, pairs, Progress(Nothing(), None, "pairs", 0, time.monotonic), lambda: None, ALONE)
+    return reference_logps(scorer, pairs, Progress(), lambda: None, ALONE)
 
 
 def _reading_seconds(cache: Path, count: int) -> float:

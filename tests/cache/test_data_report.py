@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpocli.cache import data_report
-from dpocli.cache.data_report import FAR, MAX_ROWS, triage
+from dpocli.cache.data_report import FAR, MAX_ROWS, DataReport
 from dpocli.cache.reader import PairStore
 from dpocli.cache.writer import CacheWriter
 from dpocli.data.pair_tokens import pair_id
@@ -50,18 +50,18 @@ def of_margin(row, margin):
 
 @pytest.fixture
 def looked_at(tmp_path):
-    """The triage of a cache of these pairs; rows that none of them has were skipped."""
+    """The report on a cache of these pairs; rows that none of them has were skipped."""
 
     def look(pairs, rows_per_part=4):
         total = max(pair.row for pair in pairs) + 1
-        writer = CacheWriter(tmp_path, make_fingerprint(total, rows_per_part), total, rows_per_part)
+        writer = CacheWriter(tmp_path, make_fingerprint(total, rows_per_part))
         writer.check()
         for tile in writer.tiles:
             rows = range(tile.start, tile.stop)
             present = {pair.row: pair for pair in pairs if pair.row in rows}
             skipped = [Skipped(row, f"f:{row}", SkipReason.EMPTY) for row in rows if row not in present]
             writer.write(tile, list(present.values()), skipped)
-        return triage(PairStore.open(tmp_path))
+        return DataReport.of(PairStore.open(tmp_path))
 
     return look
 

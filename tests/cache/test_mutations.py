@@ -1,5 +1,4 @@
-"""Whatever is other when the same line is given again: what can change a value is named and refused, what cannot is
-ignored, and then nothing is scored again."""
+"""Changes between two runs of one command: what can change a value is named and refused, what cannot is ignored."""
 
 import json
 import os

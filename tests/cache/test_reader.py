@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from dpocli.cache import reader, schema
+from dpocli.cache import reader, row_groups, schema
 from dpocli.cache.reader import PairStore
 from dpocli.cache.writer import CacheWriter
 from dpocli.data.preference import Skipped, SkipReason
@@ -85,23 +85,23 @@ def test_any_order_with_repetitions_and_hardly_any_memory(made):
     store = PairStore.open(made, memory_bytes=1)
     order = np.random.default_rng(0).integers(0, len(store), 500)
     assert [pair.row for pair in store.load(order)] == [ROWS[index] for index in order]
-    assert len(store._groups) == 1
+    assert len(store._row_groups._groups) == 1
     assert store.load([]) == []
 
 
 def test_row_groups_are_kept_within_the_bound(made):
     store = PairStore.open(made, memory_bytes=25_000)
     store.load(range(len(store)))
-    assert 1 < len(store._groups) < 6
-    assert sum(group.num_bytes for group in store._groups.values()) <= 25_000
+    assert 1 < len(store._row_groups._groups) < 6
+    assert sum(group.num_bytes for group in store._row_groups._groups.values()) <= 25_000
 
 
 def test_many_parts_share_few_open_files(tmp_path, monkeypatch):
     fill(tmp_path, 30, 3)
-    monkeypatch.setattr(reader, "MAX_OPEN_PARTS", 2)
+    monkeypatch.setattr(row_groups, "MAX_OPEN_PARTS", 2)
     store = PairStore.open(tmp_path)
     assert len(store.load(range(len(store)))) == len(store)
-    assert len(store._parts) == 2
+    assert len(store._row_groups._parts) == 2
 
 
 def test_threads(made):
@@ -135,7 +135,7 @@ def test_positions_out_of_range(made):
 
 
 def test_a_part_without_pairs(tmp_path):
-    writer = CacheWriter(tmp_path, make_fingerprint(4, 2), 4, 2)
+    writer = CacheWriter(tmp_path, make_fingerprint(4, 2))
     writer.check()
     writer.write(writer.tiles[0], [], [Skipped(row, f"p:{row}", SkipReason.TOO_LONG) for row in (0, 1)])
     writer.write(writer.tiles[1], [make_pair(2), make_pair(3)])
@@ -147,7 +147,7 @@ def test_a_part_without_pairs(tmp_path):
 
 
 def test_skipped_rows_are_counted_in_full_and_listed_in_part(tmp_path):
-    writer = CacheWriter(tmp_path, make_fingerprint(1000, 1000), 1000, 1000)
+    writer = CacheWriter(tmp_path, make_fingerprint(1000, 1000))
     writer.check()
     skips = [Skipped(row, f"p:{row}", SkipReason.EMPTY) for row in range(1, 1000)]
     writer.write(writer.tiles[0], [make_pair(0)], skips)
@@ -188,7 +188,9 @@ def test_incomplete(directory):
     first, second, _ = parts(directory)
     first.unlink()
     second.unlink()
-    words = f"incomplete: 2 of 3 parts are missing \\({first.name}, {second.name}\\). Run the line that made it again"
+    words = (
+        f"incomplete: 2 of 3 parts are missing \\({first.name}, {second.name}\\). Run the command that made it again"
+    )
     with pytest.raises(CacheError, match=words):
         PairStore.open(directory)
 
@@ -197,7 +199,7 @@ def test_a_truncated_part(directory):
     part = parts(directory)[1]
     part.write_bytes(part.read_bytes()[:5000])
     with pytest.raises(
-        CacheError, match=rf"The part {part.name} .* is damaged: .* Run the line that made the cache again"
+        CacheError, match=rf"The part {part.name} .* is damaged: .* Run the command that made the cache again"
     ):
         PairStore.open(directory)
 
@@ -235,11 +237,11 @@ def test_a_part_that_changes_or_goes_while_it_is_used(directory, tmp_path):
     part = parts(directory)[0]
     fill(tmp_path / "other", 300, 130, skipped_rows=(8, 131))
     shutil.copy(tmp_path / "other" / part.name, part)
-    with pytest.raises(CacheError, match="not what it was when the cache was opened"):
+    with pytest.raises(CacheError, match="has changed since the cache was opened"):
         store.load([0])
     last = parts(directory)[-1]
     last.unlink()
-    with pytest.raises(CacheError, match=f"{last.name} was there and is gone"):
+    with pytest.raises(CacheError, match=f"{last.name} has disappeared"):
         store.load([297])
 
 
@@ -253,15 +255,15 @@ def test_a_byte_that_flips_after_its_row_group_was_read_once(directory):
 
 
 def test_a_part_that_changes_after_its_row_groups_were_read_once(directory, tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_OPEN_PARTS", 1)
+    monkeypatch.setattr(row_groups, "MAX_OPEN_PARTS", 1)
     store = PairStore.open(directory, memory_bytes=1)
     part, _, last = parts(directory)
     store.load([0, 64, 297])
     fill(tmp_path / "other", 300, 130, skipped_rows=(8, 131))
     shutil.copy(tmp_path / "other" / part.name, part)
-    with pytest.raises(CacheError, match="row group 0 is not what it was when the cache was opened"):
+    with pytest.raises(CacheError, match="row group 0 has changed since the cache was opened"):
         store.load([0])
-    shutil.copy(tmp_path / "other" / last.name, last)  # written anew, with what stood there
+    shutil.copy(tmp_path / "other" / last.name, last)  # rewritten with the original content
     assert store.load([297])[0].row == 299
 
 
@@ -289,7 +291,7 @@ def test_a_part_of_another_run(directory, tmp_path):
 
 def test_a_part_too_many(directory):
     shutil.copy(parts(directory)[2], directory / "rows-0000000300-0000000340.parquet")
-    with pytest.raises(CacheError, match=r"holds rows-0000000300-0000000340\.parquet, which is no part of it"):
+    with pytest.raises(CacheError, match=r"holds rows-0000000300-0000000340\.parquet, which is not a part of it"):
         PairStore.open(directory)
 
 
@@ -311,10 +313,10 @@ def test_a_newer_format(tmp_path, monkeypatch):
 
 
 def test_tokens_that_do_not_have_their_hash_are_refused(tmp_path):
-    writer = CacheWriter(tmp_path, make_fingerprint(1, 1), 1, 1)
+    writer = CacheWriter(tmp_path, make_fingerprint(1, 1))
     writer.check()
     writer.write(writer.tiles[0], [replace(make_pair(0), pair_id="0" * 32)])
-    with pytest.raises(CacheError, match="the tokens of row 0 do not have the hash"):
+    with pytest.raises(CacheError, match="the tokens of row 0 do not match their pair_id"):
         PairStore.open(tmp_path).load([0])
 
 
@@ -323,8 +325,8 @@ def test_the_same_reference_is_told_from_another(tmp_path, made):
     PairStore.open(made).check_same_reference(PairStore.open(tmp_path / "held-out"))
     other = make_fingerprint(1, 1)
     other = replace(other, reference=replace(REFERENCE, weights={"model.safetensors": "c" * 64}))
-    writer = CacheWriter(tmp_path / "other", other, 1, 1)
-    writer.check()
+    writer = CacheWriter(tmp_path / "other", other)
+    writer.prepare()
     writer.write(writer.tiles[0], [make_pair(0)])
     with pytest.raises(CacheError, match=r"different references: weights: model\.safetensors differs"):
         PairStore.open(made).check_same_reference(PairStore.open(tmp_path / "other"))

@@ -47,8 +47,8 @@ def write(tmp_path):
     """A cache of these pairs under a name; gives its directory."""
 
     def write_pairs(name, pairs):
-        writer = CacheWriter(tmp_path / name, make_fingerprint(len(pairs), 6), len(pairs), 6, KEPT)
-        writer.check()
+        writer = CacheWriter(tmp_path / name, make_fingerprint(len(pairs), 6), KEPT)
+        writer.prepare()
         for tile in writer.tiles:
             writer.write(tile, [replace(pairs[row], row=row) for row in range(tile.start, tile.stop)])
         return tmp_path / name
@@ -60,7 +60,7 @@ def test_values_are_found_by_id_in_any_order(tmp_path):
     fill(tmp_path)
     reusable = Reusable.open([tmp_path], make_fingerprint())
     wanted = [9, 2, 0, 40, 5]
-    found = reusable.take_over([unscored(row) for row in wanted])
+    found = reusable.fill_in([unscored(row) for row in wanted])
     assert [pair.row for pair in found] == wanted
     for pair in found:
         if pair.row in ROWS:
@@ -72,14 +72,14 @@ def test_values_are_found_by_id_in_any_order(tmp_path):
 def test_only_the_log_probs_are_taken_over(tmp_path):
     fill(tmp_path)
     new = replace(unscored(4), row=77, source="elsewhere", weight=3.0, truncated=True, kept={"votes": 1}, prompt_hash=5)
-    (found,) = Reusable.open([tmp_path], make_fingerprint()).take_over([new])
+    (found,) = Reusable.open([tmp_path], make_fingerprint()).fill_in([new])
     assert_taken_over(found, 4)
     assert replace(found, reference=None) == new
 
 
 def test_one_pair_many_times(tmp_path):
     fill(tmp_path)
-    found = Reusable.open([tmp_path], make_fingerprint()).take_over([unscored(3), unscored(3), unscored(3)])
+    found = Reusable.open([tmp_path], make_fingerprint()).fill_in([unscored(3), unscored(3), unscored(3)])
     for pair in found:
         assert_taken_over(pair, 3)
 
@@ -87,11 +87,11 @@ def test_one_pair_many_times(tmp_path):
 @pytest.mark.parametrize("caches", [0, 1])
 def test_no_pairs(tmp_path, caches):
     fill(tmp_path)
-    assert Reusable.open([tmp_path] * caches, make_fingerprint()).take_over([]) == []
+    assert Reusable.open([tmp_path] * caches, make_fingerprint()).fill_in([]) == []
 
 
 def test_without_old_caches_nothing_is_known():
-    (pair,) = Reusable([]).take_over([unscored(0)])
+    (pair,) = Reusable([]).fill_in([unscored(0)])
     assert pair.reference is None
 
 
@@ -99,14 +99,14 @@ def test_the_first_cache_that_has_a_pair_gives_it(write):
     first = write("first", [with_values(make_pair(row), -1) for row in range(4)])
     second = write("second", [with_values(make_pair(row), -2) for row in range(2, 8)])
     for directories, expected in (([first, second], [-1, -1, -2, None]), ([second, first], [-1, -2, -2, None])):
-        found = Reusable.open(directories, make_fingerprint()).take_over([unscored(row) for row in (0, 3, 6, 20)])
+        found = Reusable.open(directories, make_fingerprint()).fill_in([unscored(row) for row in (0, 3, 6, 20)])
         assert [pair.reference and float(pair.reference.chosen[0]) for pair in found] == expected
 
 
 def test_what_is_scored_already_stays(tmp_path):
     fill(tmp_path)
     given = with_values(make_pair(4), -7)
-    (found,) = Reusable.open([tmp_path], make_fingerprint()).take_over([given])
+    (found,) = Reusable.open([tmp_path], make_fingerprint()).fill_in([given])
     assert found is given
 
 
@@ -135,14 +135,14 @@ ZERO, MIDDLE, LAST = "0" * 32, "8" + "0" * 31, "f" * 32
     ids=["half an id", "the last", "the first", "the middle one", "in no order, one twice"],
 )
 def test_ids_are_found_by_all_their_bits(stored, asked, found):
-    pairs = Reusable([store_of(*stored)]).take_over([replace(unscored(0), pair_id=name) for name in asked])
+    pairs = Reusable([store_of(*stored)]).fill_in([replace(unscored(0), pair_id=name) for name in asked])
     assert [pair.reference and float(pair.reference.chosen[0]) for pair in pairs] == found
 
 
 def test_an_incomplete_cache_gives_what_it_has(tmp_path):
     writer = fill(tmp_path)
     (tmp_path / writer.tiles[0].file_name).unlink()
-    found = Reusable.open([tmp_path], make_fingerprint()).take_over([unscored(row) for row in ROWS])
+    found = Reusable.open([tmp_path], make_fingerprint()).fill_in([unscored(row) for row in ROWS])
     assert [pair.row for pair in found if pair.reference] == [row for row in ROWS if row >= 6]
 
 
@@ -178,7 +178,7 @@ def test_what_only_decides_tokens_may_differ(tmp_path):
     fill(tmp_path)
     wanted = make_fingerprint(500, 50, max_length=9, truncation="drop")
     wanted = replace(wanted, tokenizer=replace(wanted.tokenizer, chat_template={}), content=(), information={})
-    (found,) = Reusable.open([tmp_path], wanted).take_over([unscored(0)])
+    (found,) = Reusable.open([tmp_path], wanted).fill_in([unscored(0)])
     assert_taken_over(found, 0)
 
 
@@ -200,11 +200,11 @@ def test_a_damaged_value_is_never_taken_over(tmp_path):
     content[part.stat().st_size // 3] ^= 1
     part.write_bytes(content)
     with pytest.raises(CacheError, match=rf"{part.name} .*is damaged"):
-        Reusable.open([tmp_path], make_fingerprint()).take_over([unscored(row) for row in ROWS])
+        Reusable.open([tmp_path], make_fingerprint()).fill_in([unscored(row) for row in ROWS])
 
 
 def test_old_caches_are_only_read(tmp_path):
     fill(tmp_path)
     before = tree(tmp_path)
-    Reusable.open([tmp_path], make_fingerprint()).take_over([unscored(row) for row in range(20)])
+    Reusable.open([tmp_path], make_fingerprint()).fill_in([unscored(row) for row in range(20)])
     assert tree(tmp_path) == before

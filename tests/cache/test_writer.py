@@ -10,6 +10,7 @@ import pytest
 
 from dpocli.cache.reader import PairStore
 from dpocli.cache.writer import CacheWriter
+from dpocli.console.console import Console
 from dpocli.data.preference import ReferenceLogps
 from dpocli.errors import CacheError, DataError, NumericsError, ResourceError, UsageError
 from dpocli.run.files import ABANDONED_HERE_SECONDS
@@ -18,9 +19,9 @@ from tests.cache.frozen_cache_v1.make_frozen_cache import KEPT, fill, make_finge
 
 
 def new_writer(directory, total_rows=10, rows_per_part=6, **settings):
-    said = []
-    fingerprint = make_fingerprint(total_rows, rows_per_part, **settings)
-    return CacheWriter(directory, fingerprint, total_rows, rows_per_part, KEPT, say=said.append), said
+    console, said = Console(), []
+    console.warn = said.append
+    return CacheWriter(directory, make_fingerprint(total_rows, rows_per_part, **settings), KEPT, console), said
 
 
 def names(directory):
@@ -60,9 +61,9 @@ def test_the_order_of_pairs_in_a_call_does_not_matter(tmp_path):
 def test_a_crash_while_writing_leaves_no_part_and_the_next_run_cleans_up(tmp_path):
     script = (
         "import os, sys, pathlib\n"
-        "import dpocli.cache.writer as module\n"
+        "import dpocli.cache.part as module\n"
         "from tests.cache.frozen_cache_v1.make_frozen_cache import fill\n"
-        "module.seal = lambda file: os._exit(9)\n"
+        "module._seal = lambda file: os._exit(9)\n"
         "fill(pathlib.Path(sys.argv[1]))\n"
     )
     assert subprocess.run([sys.executable, "-c", script, tmp_path]).returncode == 9
@@ -94,11 +95,11 @@ def test_other_rows_per_part_are_refused(tmp_path):
 def test_a_part_that_does_not_belong_is_refused(tmp_path):
     writer = fill(tmp_path)
     (tmp_path / writer.tiles[0].file_name).rename(tmp_path / "rows-0000000000-0000000007.parquet")
-    with pytest.raises(CacheError, match=r"holds rows-0000000000-0000000007\.parquet, which is no part of it"):
+    with pytest.raises(CacheError, match=r"holds rows-0000000000-0000000007\.parquet, which is not a part of it"):
         writer.check()
 
 
-def test_a_part_under_the_name_of_another_is_made_anew(tmp_path):
+def test_a_part_under_the_name_of_another_is_rewritten(tmp_path):
     fill(tmp_path, 12, 6)
     writer, said = new_writer(tmp_path, 12, 6)
     first, second = (tmp_path / tile.file_name for tile in writer.tiles)
@@ -108,7 +109,7 @@ def test_a_part_under_the_name_of_another_is_made_anew(tmp_path):
 
 
 @pytest.mark.parametrize("position", [2, 700, -700, -3])
-def test_a_damaged_part_is_reported_and_made_anew(tmp_path, position):
+def test_a_damaged_part_is_reported_and_rewritten(tmp_path, position):
     fill(tmp_path)
     writer, said = new_writer(tmp_path)
     part = tmp_path / writer.tiles[1].file_name
@@ -117,7 +118,7 @@ def test_a_damaged_part_is_reported_and_made_anew(tmp_path, position):
     writer.check()
     assert writer.missing() == [writer.tiles[1]]
     assert part.name in said[0]
-    assert "It is made anew now" in said[0]
+    assert "It is rewritten now" in said[0]
     fill(tmp_path)
     assert part.read_bytes() == whole
 
@@ -200,7 +201,7 @@ def test_a_file_in_place_of_the_directory(tmp_path):
     with pytest.raises(UsageError, match="this is a file"):
         new_writer(tmp_path / "out")[0].check()
     with pytest.raises(UsageError):
-        new_writer(tmp_path / "out" / "below")[0].check()
+        new_writer(tmp_path / "out" / "below")[0].prepare()
 
 
 def test_two_writers_of_one_tile_leave_one_valid_part(tmp_path):

@@ -47,7 +47,7 @@ class BadFile:
 
 
 def lines(*rows: object) -> bytes:
-    """JSON Lines; what is bytes stands as it is."""
+    """JSON Lines; bytes are used unchanged."""
     return b"".join((row if isinstance(row, bytes) else json.dumps(row).encode()) + b"\n" for row in rows)
 
 
@@ -69,7 +69,7 @@ def flipped(content: bytes, place: int) -> bytes:
 
 
 def directory_of(**files: bytes) -> Callable[[Path], object]:
-    """A directory; `__` in a name stands for a dot."""
+    """A directory; `__` in a name means a dot."""
 
     def make(path: Path) -> None:
         path.mkdir()

@@ -93,16 +93,18 @@ def test_an_adapter_needs_its_base_as_it_was(
     for kind in ("lora", "full"):
         line = ("train", "--model", model, "--reference", cache, "--out", tmp_path / kind, "--max-steps", 1)
         quiet(*line, *SETTINGS, *KINDS[kind])
-    line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--model")
+    line = ("evaluate", "--reference", held_out_cache, "--model")
     adapter, full = (tmp_path / kind / "checkpoints" / "step-1" for kind in ("lora", "full"))
-    assert dpocli(*line, adapter).code == 0
+    assert dpocli(*line, adapter, "--out", tmp_path / "before").code == 0
     change(model)
-    result = dpocli(*line, adapter)
+    refused = dpocli(*line, adapter, "--out", tmp_path / "before")
+    assert (refused.code, f"the {words} of --model {adapter}" in refused.err) == (2, True), refused.err
+    result = dpocli(*line, adapter, "--out", tmp_path / "after")
     assert result.code == 2, result.err
     said = " ".join(result.err.split())
     assert f"--model {adapter}: this checkpoint is an adapter that was trained on {model}, whose {words} have" in said
     if change is change_weights:
-        assert dpocli(*line, full).code == 0, "it holds all weights"
+        assert dpocli(*line, full, "--out", tmp_path / "full-r").code == 0, "it holds all weights"
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -201,16 +203,7 @@ def test_what_the_training_took_is_told(
     runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:
     run = runs["full"]
-    line = (
-        "evaluate",
-        "--reference",
-        held_out_cache,
-        "--out",
-        tmp_path / "r",
-        "--require",
-        "training/pairs>=60",
-        "--json",
-    )
+    line = ("evaluate", "--reference", held_out_cache, "--out", tmp_path / "r", "--json")
     models = ("--model", run / "model", "--model", MODEL, "--model", run / "checkpoints" / "step-2")
     result = dpocli(*line, *models)
     assert result.code == 0, result.err

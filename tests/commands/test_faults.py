@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from dpocli.cache import writer
 from dpocli.cache.part import open_part
 from dpocli.cache.writer import CacheWriter
 from dpocli.commands.reference import Reference
@@ -26,7 +27,7 @@ from dpocli.errors import CacheError
 from dpocli.run.directory import RunDirectory
 from dpocli.run.files import ABANDONED_HERE_SECONDS
 from dpocli.run.status import StatusFile
-from tests.caches import content_of, pairs_in, parts_of
+from tests.caches import content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import HELD_OUT, MODEL, ROOT, TRAIN, Run, quiet
 from tests.commands.warm_workers import BEGUN, WRITTEN, TokenCounter, Worker
 
@@ -186,7 +187,7 @@ def test_sigterm_at_random_moments(tmp_path: Path) -> None:
 # asked to stop
 
 
-def on_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int, act: Callable[[], None]) -> None:
+def on_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, number: int, act: Callable[[], None]) -> None:
     """Something happens when a method is called for the `number`th time."""
     method, calls = getattr(owner, name), iter(range(1, 10**9))
 
@@ -200,7 +201,7 @@ def on_call(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, number: int
 
 @pytest.mark.parametrize(
     ("owner", "name", "number"),
-    [(Reference, "complete", 1), (Reference, "complete", 5), (CacheWriter, "write", 3), (Encoder, "draft", 9)],
+    [(Reference, "complete", 1), (Reference, "complete", 5), (CacheWriter, "write", 3), (Encoder, "_render", 9)],
     ids=["the first tile is scored", "a tile is scored", "a part is written", "a row is encoded"],
 )
 def test_sigterm_throws_the_open_tile_away_and_exits_75(
@@ -277,7 +278,7 @@ def test_a_full_disk_while_a_part_is_written(
 ) -> None:
     out = tmp_path / "ref"
     with monkeypatch.context() as patch:
-        on_call(patch, CacheWriter, "_write_groups", number, no_room)
+        on_call(patch, writer, "write_part", number, no_room)
         result = dpocli(*LINE, "--out", out)
     assert_refused(result, RESOURCES, f"Writing {out}/rows-", "no space left on device", "Make room", "to resume")
     assert '"state": "failed"' in (out / "status.json").read_text()
@@ -394,7 +395,7 @@ def test_train_and_evaluate_name_the_damaged_part(command: str, ref: Path, tmp_p
     rewritten(with_a_bit_flipped)(ref / name, random.Random(3))
     steps = ("--max-steps", 1) if command == "train" else ()
     result = dpocli(command, "--model", MODEL, "--reference", ref, *steps, "--out", tmp_path / "out")
-    assert_refused(result, CACHE, name, ref, "damaged", "Run the line that made the cache again")
+    assert_refused(result, CACHE, name, ref, "damaged", "Run the command that made the cache again")
 
 
 def test_a_link_to_nowhere_under_the_name_of_a_part(ref: Path, same_line: Callable[[Path], str]) -> None:
@@ -472,7 +473,7 @@ def test_most_parts_of_other_settings(ref: Path, tmp_path: Path, dpocli: Run) ->
 def test_a_part_that_belongs_to_no_tile(ref: Path, dpocli: Run, same_line: Callable[[Path], str]) -> None:
     stranger = ref / "rows-0000000048-0000000050.parquet"
     shutil.copy(ref / part_names(ref)[0], stranger)
-    assert_refused(dpocli(*LINE, "--out", ref), CACHE, stranger.name, "no part of it", "Remove that file")
+    assert_refused(dpocli(*LINE, "--out", ref), CACHE, stranger.name, "not a part of it", "Remove that file")
     stranger.unlink()
     same_line(ref)
 
@@ -525,6 +526,24 @@ def test_a_directory_that_may_not_be_written(owned: Path, dpocli: Run, same_line
     assert_refused(result, USAGE, owned, "ermission denied")
     owned.chmod(0o755)
     same_line(owned)
+
+
+def test_a_complete_cache_that_may_not_be_written(owned: Path, dpocli: Run) -> None:
+    """Nothing is left to do, so nothing has to be written."""
+    before = json.loads((owned / "summary.json").read_text())
+    for path in owned.iterdir():
+        path.chmod(0o444)
+    owned.chmod(0o555)
+    there = tree(owned)
+    with without_privileges():
+        again = dpocli(*LINE, "--out", owned, "--json")
+        other = dpocli(*LINE, "--out", owned, "--max-length", 50)
+    assert again.code == DONE, again.err
+    assert f"{owned} is complete and read-only: nothing to do." in again.err
+    own = {"out": str(owned), "scoring": None, "notices": None}
+    assert again.json | own == before | own
+    assert_refused(other, CACHE, "max_length: 2048 -> 50")
+    assert tree(owned) == there
 
 
 @pytest.mark.parametrize("mode", [0o555, 0o000], ids=["reading is left", "nothing is left"])

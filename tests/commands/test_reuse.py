@@ -71,8 +71,8 @@ def test_appended_rows_alone_are_scored(data: Path, old: Path, tmp_path: Path, d
     assert (summary["pairs"], summary["reused"], summary["complete"]) == (40, 36, True)
     assert taken_over(out, old) == 36
     assert tree(old) == before, "the old cache is never touched"
-    quiet(*PRECOMPUTE, "--data", data / "40.jsonl", "--out", tmp_path / "anew")
-    assert_same_values(pairs_in(out), pairs_in(tmp_path / "anew"))
+    quiet(*PRECOMPUTE, "--data", data / "40.jsonl", "--out", tmp_path / "scored")
+    assert_same_values(pairs_in(out), pairs_in(tmp_path / "scored"))
 
 
 def test_nothing_new_needs_no_model(

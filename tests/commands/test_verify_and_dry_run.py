@@ -91,7 +91,7 @@ def sides_exchanged_in_one_row(pair: EncodedPair) -> ReferenceLogps:
 def test_values_that_the_model_does_not_give(
     change: Change, row: int | None, cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:
-    """Sealed anew, so that no digest tells; a shift within the tolerance of the mean is one in a direction."""
+    """With valid digests. The tolerance is on the mean, so a small shift in one direction counts."""
     altered = tmp_path / "altered"
     with_other_values(cache, altered, change)
     before = tree(altered)
@@ -357,7 +357,7 @@ def test_samples_are_spread_over_all_rows(num_rows: int) -> None:
 
 
 def test_the_dtype_of_a_cache_is_its_default(tmp_path: Path, dpocli: Run) -> None:
-    """On a device that would prefer another, the same line goes on and verifies all the same."""
+    """On a device with another default, the same command resumes and verifies."""
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 8, "--rows-per-part", 4, "--out", tmp_path)
     assert dpocli(*line, "--dtype", "bfloat16").code == 0
     assert dpocli(*line, "--verify", 4).code == 0

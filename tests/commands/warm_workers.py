@@ -29,7 +29,7 @@ _FORKED.set_forkserver_preload(["tests.commands.warmed_up"])
 
 
 @dataclass
-class TokenCounter:
+class Tally:
     """What all workers on one cache did: a line a tile, in a file that each appends to."""
 
     path: Path
@@ -63,7 +63,7 @@ class Worker:
 
     @classmethod
     def start(
-        cls, line: Sequence[object], log: Path, tally: TokenCounter | None = None, hold: tuple[str, int] | None = None
+        cls, line: Sequence[object], log: Path, tally: Tally | None = None, hold: tuple[str, int] | None = None
     ) -> "Worker":
         process = _FORKED.Process(target=_work, args=([str(word) for word in line], log, tally, hold))
         process.start()
@@ -106,7 +106,7 @@ class Worker:
         return code
 
 
-def _work(line: list[str], log: Path, tally: TokenCounter | None, hold: tuple[str, int] | None) -> None:
+def _work(line: list[str], log: Path, tally: Tally | None, hold: tuple[str, int] | None) -> None:
     early_stop = EarlyStop()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

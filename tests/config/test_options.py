@@ -4,9 +4,7 @@ import pytest
 import yaml
 
 from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
-from dpocli.config.flags import COMMANDS, build_options, explain_unknown, given_keys, options_of, signature_of
-from dpocli.config.losses import CATALOGUE
-from dpocli.config.other_tools import FOREIGN_LOSSES, FOREIGN_OPTIONS
+from dpocli.config.flags import COMMANDS, build_options, given_keys, options_of, signature_of
 from dpocli.config.parsing import dump_yaml, load_options
 from dpocli.errors import UsageError
 
@@ -214,31 +212,3 @@ def test_the_fixed_names_exist():
         "--max-length --truncation --dtype --shard --rows-per-part --eval-reference --json"
     )
     assert set(fixed.split()) <= {option.flag for model in COMMANDS.values() for option in options_of(model)}
-
-
-# names from elsewhere
-
-
-def test_foreign_names_are_none_of_ours():
-    ours = {option.key for model in COMMANDS.values() for option in options_of(model)}
-    assert not ours & FOREIGN_OPTIONS.keys()
-    assert not CATALOGUE.keys() & FOREIGN_LOSSES.keys()
-
-
-def test_conversions_name_only_what_exists():
-    ours = {flag for model in COMMANDS.values() for option in options_of(model) for flag in option.flags}
-    for name, hint in FOREIGN_OPTIONS.items():
-        assert set(re.findall(r"--[a-z0-9-]+", hint)) <= ours, name
-        assert set(re.findall(r"--loss (\w+)", hint)) <= CATALOGUE.keys(), name
-    for name, hint in FOREIGN_LOSSES.items():
-        assert set(re.findall(r"it is(?: called)? (\w+)", hint)) <= CATALOGUE.keys(), name
-
-
-@pytest.mark.parametrize("name", FOREIGN_OPTIONS)
-def test_every_foreign_name_is_recognised_with_dashes_too(name):
-    assert "another tool" in explain_unknown("--" + name.replace("_", "-"), TrainOptions)
-
-
-def test_a_foreign_loss_is_converted():
-    with pytest.raises(UsageError, match=r"It is called dpo here\. There are dpo,"):
-        load_options(TrainOptions, NEEDED | {"loss": "sigmoid"}).loss_choice()

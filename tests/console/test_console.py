@@ -144,13 +144,13 @@ def test_progress_ends_with_an_error_too(capsys):
     assert capsys.readouterr().err == "x: 0 pairs in 0:00\n"
 
 
-def test_a_reader_who_has_gone_away_stops_nothing(tmp_path, monkeypatch):
-    class Gone(io.StringIO):
+def test_a_closed_pipe_stops_nothing(tmp_path, monkeypatch):
+    class Closed(io.StringIO):
         def write(self, text):
             raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stderr", Gone())
-    monkeypatch.setattr(sys, "stdout", Gone())
+    monkeypatch.setattr(sys, "stderr", Closed())
+    monkeypatch.setattr(sys, "stdout", Closed())
     Console().say("x")
     Console().table("x", ["a"], [[1]])
     Console(json=True).result({}, lambda printer: None)

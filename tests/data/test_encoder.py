@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dpocli.config.options import DataOptions
-from dpocli.data.encoder import NO_EOS, TEXT_FOR_A_CHAT_MODEL, Encoder, encode_rows, pair_id, prompt_hash
+from dpocli.data.encoder import NO_EOS, TEXT_FOR_A_CHAT_MODEL, Encoder, prompt_hash
 from dpocli.data.formats import BadRowError
+from dpocli.data.pair_tokens import pair_id
 from dpocli.data.preference import EncodedPair, Preference, Skipped, SkipReason
 from dpocli.data.rendering import NOT_A_PREFIX, REWRITTEN
 from dpocli.data.sources import SourceRows, open_rows
@@ -429,10 +430,10 @@ def test_encode_rows_gives_one_result_a_row_in_order(tmp_path: Path) -> None:
     good = {"prompt": "Q:", "chosen": " yes", "rejected": " no"}
     rows = rows_from(tmp_path, [{**good, "chosen": f" yes {index}"} for index in range(150)] + [{**good, "chosen": ""}])
     encoder = Encoder(byte_level(), options())
-    results = list(encode_rows(rows, encoder, options(), 10, 151))
+    results = list(encoder.encode_rows(rows, 10, 151))
     assert [result.row for result in results] == list(range(10, 151))
     assert [isinstance(result, EncodedPair) for result in results] == [True] * 140 + [False]
-    alone = next(iter(encode_rows(rows, encoder, options(), 77, 78)))
+    alone = next(iter(encoder.encode_rows(rows, 77, 78)))
     assert isinstance(alone, EncodedPair)
     assert alone.pair_id == results[67].pair_id  # type: ignore[union-attr]
 
@@ -441,9 +442,9 @@ def test_bad_rows_stop_it_or_are_listed(tmp_path: Path) -> None:
     rows = rows_from(tmp_path, [{"prompt": "Q:", "chosen": " yes", "rejected": " no"}, "{broken", {"chosen": "x"}])
     encoder = Encoder(byte_level(), options())
     with pytest.raises(BadRowError, match=r"^prefs\.jsonl:2: column 2: not JSON"):
-        list(encode_rows(rows, encoder, options(), 0, 3))
+        list(encoder.encode_rows(rows, 0, 3))
     skip = options(on_bad_row="skip")
-    good, *bad = encode_rows(rows, Encoder(byte_level(), skip), skip, 0, 3)
+    good, *bad = Encoder(byte_level(), skip).encode_rows(rows, 0, 3)
     assert isinstance(good, EncodedPair)
     assert [result.reason for result in bad if isinstance(result, Skipped)] == [SkipReason.UNREADABLE] * 2
     assert [result.where for result in bad if isinstance(result, Skipped)] == ["prefs.jsonl:2", "prefs.jsonl:3"]
@@ -456,7 +457,7 @@ def test_a_template_that_refuses_one_row_leaves_the_others(tmp_path: Path) -> No
     row = {"prompt": "hi", "chosen": [say("assistant", "yes")], "rejected": [say("assistant", "no")]}
     rows = rows_from(tmp_path, [row, {**row, "system": "s"}, row])
     skip = options(on_bad_row="skip")
-    results = list(encode_rows(rows, Encoder(byte_level(template=template), skip), skip, 0, 3))
+    results = list(Encoder(byte_level(template=template), skip).encode_rows(rows, 0, 3))
     assert [isinstance(result, EncodedPair) for result in results] == [True, False, True]
 
 

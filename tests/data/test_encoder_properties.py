@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpocli.config.options import DataOptions
-from dpocli.data.encoder import Encoder, encode_rows
+from dpocli.data.encoder import Encoder
 from dpocli.data.preference import EncodedPair, Preference, Skipped, SkipReason
 from dpocli.data.sources import open_rows
 from tests.data.tokenizers_for_tests import CHATML, LAST_END_DIFFERS, Case, byte_level, chat_cases, metaspace
@@ -201,7 +201,7 @@ def test_the_demo_set_reads_and_gives_back_its_answers() -> None:
     chosen_options = options(files=[str(DEMO)], limit=100, max_length=100_000)
     rows = open_rows(chosen_options)
     tokenizer = byte_level(template=CHATML)
-    results = list(encode_rows(rows, Encoder(tokenizer, chosen_options), chosen_options, 0, rows.num_rows))
+    results = list(Encoder(tokenizer, chosen_options).encode_rows(rows, 0, rows.num_rows))
     written = json.loads(DEMO.read_text(encoding="utf-8"))
     assert len(results) == rows.num_rows == 100
     for result, row in zip(results, written, strict=False):

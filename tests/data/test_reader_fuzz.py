@@ -1,4 +1,4 @@
-"""Whatever stands in a data file: a preference, a row that is left out and why, or an error that names the place."""
+"""Arbitrary content of a data file gives a preference, a skipped row with its reason, or an error that names the place."""
 
 import gzip
 import json
@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dpocli.config.options import DataOptions
-from dpocli.data.encoder import Encoder, encode_rows
+from dpocli.data.encoder import Encoder
 from dpocli.data.formats import BadRowError, to_preference
 from dpocli.data.preference import EncodedPair, Preference, Skipped
 from dpocli.data.sources import open_rows
@@ -176,7 +176,7 @@ def test_any_values_in_any_fields(
     outcomes = read(path, template, text_as=text_as)
     skipping = options_for(path, text_as=text_as, on_bad_row="skip")
     encoder = Encoder(byte_level(template=template), skipping)
-    kinds = [type(pair) for pair in encode_rows(open_rows(skipping), encoder, skipping, 0, len(found))]
+    kinds = [type(pair) for pair in encoder.encode_rows(open_rows(skipping), 0, len(found))]
     assert kinds == [Skipped if isinstance(outcome, BadRowError) else type(outcome) for outcome in outcomes]
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from dpocli.report.html import write_html_report
 from tests.html_pages import Page
-from tests.reports import made_up_report, made_up_showcase, made_up_table
+from tests.reports import made_up_examples, made_up_report, made_up_table
 
 NAMES = ("chromium", "chromium-browser", "chrome", "google-chrome", "google-chrome-stable", "headless_shell")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
@@ -72,7 +72,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
     table = made_up_table()
     hostile = "</style><script>console.error('ran')</script><img src=http://127.0.0.1:9/x.png>"
-    shown = made_up_showcase(prompt=hostile, source=hostile)
+    shown = made_up_examples(prompt=hostile, source=hostile)
     write_html_report(directory, made_up_report(table, model=hostile), table, shown)
     return directory / "report.html"
 
@@ -118,7 +118,7 @@ MEASURE = """<script>addEventListener('load', () => {
 def test_a_page_is_as_wide_as_its_window_and_what_is_wider_scrolls(tmp_path: Path, width: int) -> None:
     usual = made_up_report()
     by_loss = {name: usual["models"][0] | {"loss_choice": usual["loss_choice"]} for name in ("dpo", "ipo")}
-    write_html_report(tmp_path, usual | {"by_loss": by_loss}, made_up_table(), made_up_showcase())
+    write_html_report(tmp_path, usual | {"by_loss": by_loss}, made_up_table(), made_up_examples())
     page = tmp_path / "report.html"
     html = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8"))  # which forbids scripts
     inner = escape(html.replace("</main>", f"</main>{MEASURE}"))

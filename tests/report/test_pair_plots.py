@@ -5,17 +5,24 @@ import pytest
 from matplotlib.colors import to_hex
 
 from dpocli.report.inline_svg import inline_svg
-from dpocli.report.pair_plots import NAMES, draw_reliability, report_plots
-from dpocli.report.plot_style import BLUE, GRAY, RED
-from dpocli.report.reward_plots import FEW_PAIRS, MANY_POINTS, MOST_POINTS, draw_margins, draw_rewards
-from dpocli.report.slices_plot import MOST_LINES, draw_slices, shown_slices
+from dpocli.report.pair_plots import (
+    FEW_PAIRS,
+    MANY_POINTS,
+    MOST_POINTS,
+    draw_margins,
+    draw_reliability,
+    draw_rewards,
+    report_plots,
+)
+from dpocli.report.plot_style import BLUE, GRAY, RED, Plot
 from tests.reports import made_up_report, made_up_table
 
 GENERATOR = np.random.default_rng(0)
 
 
-def test_every_plot_has_a_name_that_is_known():
-    assert {plot.name for plot in report_plots(made_up_report(), made_up_table())} == NAMES
+def test_a_full_report_has_every_plot():
+    names = [plot.name for plot in report_plots(made_up_report(), made_up_table())]
+    assert names == ["margins", "reliability", "slices", "rewards", "checkpoints"]
 
 
 def captions(**more):
@@ -29,7 +36,7 @@ def bars(figure):
 def test_no_bar_is_half_right_and_half_wrong():
     """With a pair beyond either end, which the last bars hold."""
     margins = np.concatenate([GENERATOR.normal(0.3, 1, 1000), [-500.0, 500.0]])
-    found = bars(draw_margins(margins))
+    found = bars(draw_margins(margins).figure)
     assert sum(height for *_, height in found) == len(margins)
     assert not any(x < -1e-9 and x + width > 1e-9 for x, width, _ in found)
     right = sum(height for x, _, height in found if x > -1e-9)
@@ -51,7 +58,7 @@ def words(figure):
 @pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
 def test_ties_have_a_bar_of_their_own_at_0(shift):
     others = GENERATOR.normal(shift, 1, 300)
-    figure = draw_margins(np.concatenate([others, np.zeros(120)]))
+    figure = draw_margins(np.concatenate([others, np.zeros(120)])).figure
     assert heights(figure) == {BLUE: (others > 0).sum(), RED: (others < 0).sum(), GRAY: 120}
     (tie,) = [patch for patch in figure.axes[0].patches if to_hex(patch.get_facecolor()) == GRAY]
     assert tie.get_x() == pytest.approx(-tie.get_width() / 2)
@@ -65,14 +72,14 @@ def test_ties_have_a_bar_of_their_own_at_0(shift):
 
 
 def test_a_model_that_ties_on_all_pairs_has_a_gray_bar_alone():
-    figure = draw_margins(np.zeros(50))
+    figure = draw_margins(np.zeros(50)).figure
     assert heights(figure) == {BLUE: 0, RED: 0, GRAY: 50}
     assert words(figure) == ["50 ties: all pairs"]
     assert figure.axes[0].get_xlim() == (-1, 1)
 
 
 def test_margins_without_a_tie_tell_of_none():
-    assert not any("tie" in text for text in words(draw_margins(np.array([1.0, -1.0]))))
+    assert not any("tie" in text for text in words(draw_margins(np.array([1.0, -1.0])).figure))
     assert "ties" not in captions()["margins"]
 
 
@@ -86,61 +93,7 @@ def test_what_is_not_there_is_not_drawn():
     assert draw_margins(nothing) is None
     assert draw_margins(np.array([np.nan])) is None
     assert draw_rewards(nothing, nothing) is None
-    assert draw_reliability({}) is None
-    assert draw_reliability({"bins": [{"pairs": 0, "mean_probability": None, "accuracy": None}]}) is None
-    assert draw_slices({"source": [{"name": "all", "accuracy": 0.5}]}, 0.5) is None
-
-
-def test_slices_show_too_few_pairs_hollow():
-    entries = [
-        {"name": "many", "accuracy": 0.7, "interval": [0.6, 0.8], "too_small": False},
-        {"name": "few", "accuracy": 1.0, "interval": None, "too_small": True},
-        {"name": "none", "accuracy": None},
-    ]
-    area = draw_slices({"source": entries}, 0.7).axes[0]
-    faces = [line.get_markerfacecolor() for line in area.lines if line.get_marker() == "o"]
-    assert len(faces) == 2
-    assert faces[1] == "none"
-    assert [label.get_text() for label in area.get_yticklabels()] == ["source", "many", "few"]
-
-
-def test_a_slice_plot_without_room_for_all_keeps_some_of_each_kind_and_says_so():
-    slices = {
-        f"kind {kind}": [
-            {"name": f"{kind}.{place}", "accuracy": 0.5, "pairs": 100 - place if kind % 2 else place}
-            for place in range(size)
-        ]
-        for kind, size in enumerate((20, 38, 2, 20, 3))
-    }
-    groups, left_out = shown_slices(slices).groups, shown_slices(slices).left_out
-    assert list(groups) == list(slices)
-    assert len(groups["kind 2"]) == 2
-    assert len(groups["kind 4"]) == 3
-    assert all(len(group) >= 10 for name, group in groups.items() if name not in ("kind 2", "kind 4"))
-    assert sum(map(len, groups.values())) + len(groups) == MOST_LINES
-    assert left_out == 83 - sum(map(len, groups.values()))
-    assert [entry["pairs"] for entry in groups["kind 0"]] == list(range(20 - len(groups["kind 0"]), 20))
-    labels = draw_slices(slices, 0.5).axes[0].get_yticklabels()
-    assert len(labels) == MOST_LINES
-    told = captions(slices=slices)["slices"]
-    assert "each slice" not in told
-    assert f"{left_out} more slices; the table has all" in told
-    assert "each slice" in captions()["slices"]
-
-
-@pytest.mark.parametrize(("kinds", "size"), [(14, 2), (40, 2), (10, 3), (3, 39), (1, 100)])
-def test_no_slice_plot_ends_on_a_heading(kinds, size):
-    slices = {f"kind {kind}": [{"name": str(place), "accuracy": 0.5} for place in range(size)] for kind in range(kinds)}
-    labels = draw_slices(slices, None).axes[0].get_yticklabels()
-    are_headings = [label.get_fontweight() == "bold" for label in labels]
-    assert len(labels) <= MOST_LINES
-    assert not any(one and next_ for one, next_ in pairwise([*are_headings, True]))
-
-
-def test_long_names_of_slices_look_different():
-    entries = [{"name": f"{'a' * 40}{place}{'b' * 40}", "accuracy": 0.5} for place in range(5)]
-    labels = draw_slices({"x": entries}, None).axes[0].get_yticklabels()
-    assert len({label.get_text() for label in labels}) == 6
+    assert draw_reliability({"bins": []}) is None
 
 
 def inside(figure):
@@ -155,7 +108,7 @@ def inside(figure):
 def test_a_small_data_set_is_shown_whole():
     rewards = GENERATOR.normal(0, 1, (2, FEW_PAIRS - 1))
     rewards[:, 0] = 9, -9
-    figure = draw_rewards(*rewards)
+    figure = draw_rewards(*rewards).figure
     assert len(inside(figure)) == FEW_PAIRS - 1
     assert all(inside(figure))
     assert "beyond" not in figure.axes[0].get_xlabel()
@@ -165,14 +118,14 @@ def test_a_small_data_set_is_shown_whole():
 def test_pairs_beyond_the_axes_are_counted(outliers):
     rewards = np.tile(np.linspace(-1, 1, 1000), (2, 1))
     rewards[0, :outliers] = 50
-    figure = draw_rewards(*rewards)
+    figure = draw_rewards(*rewards).figure
     assert inside(figure).count(False) == outliers
     told = "1 pair lies" if outliers == 1 else "3 pairs lie"
     assert figure.axes[0].get_xlabel() == f"reward of the rejected answer; {told} beyond the axes"
 
 
 def test_points_of_equal_rewards_are_neither_right_nor_wrong():
-    figure = draw_rewards(np.array([1.0, 2.0, 0.0, 0.0]), np.array([0.0, 2.0, 1.0, 1.0]))
+    figure = draw_rewards(np.array([1.0, 2.0, 0.0, 0.0]), np.array([0.0, 2.0, 1.0, 1.0])).figure
     assert words(figure) == ["chosen higher: 25%", "chosen lower: 50%", "equal: 25%"]
 
 
@@ -182,31 +135,26 @@ def test_a_part_of_the_pairs_is_said_to_be_one():
     assert found["rewards"].startswith("Each point is a pair, 20,000 of 20,010.")
 
 
-def test_bins_have_bars_where_they_have_intervals():
+def test_bins_have_their_intervals():
     bins = [
         {"pairs": 50, "mean_probability": 0.55, "accuracy": 0.6, "accuracy_interval": [0.4, 0.7]},
-        {"pairs": 2, "mean_probability": 0.75, "accuracy": 0.5, "accuracy_interval": None},
-        {"pairs": 1, "mean_probability": 0.95, "accuracy": 1.0},
+        {"pairs": 1, "mean_probability": 0.95, "accuracy": 1.0, "accuracy_interval": [0.5, 1.0]},
     ]
-    figure = draw_reliability({"bins": bins})
+    figure = draw_reliability({"bins": bins}).figure
     upright = [line.get_xydata().tolist() for line in figure.axes[0].lines if len({*line.get_xdata()}) == 1]
-    assert upright == [[[0.55, 0.4], [0.55, 0.7]]]
-    (joining,) = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
-    assert joining.get_alpha() < 0.5
+    assert upright == [[[0.55, 0.4], [0.55, 0.7]], [[0.95, 0.5], [0.95, 1.0]]]
     assert figure.axes[0].get_ylim()[0] == 0.4
-    assert "interval" in captions(calibration={"bins": bins})["reliability"]
-    assert "interval" not in captions(calibration={"bins": bins[1:]})["reliability"]
 
 
 def test_many_points_do_not_make_a_large_page():
     rewards = GENERATOR.normal(0, 1, (2, 20 * MANY_POINTS))
-    svg = inline_svg(draw_rewards(*rewards), "rewards", "points")
+    svg = inline_svg(draw_rewards(*rewards))
     assert len(svg) < 400_000
     assert 'href="data:image/png;base64,' in svg
 
 
 def test_a_picture_has_words_and_ids_of_its_own():
-    one = inline_svg(draw_margins(np.array([0.1, -0.2])), "one", "What it <shows>")
+    one = inline_svg(Plot("one", "What it <shows>", draw_margins(np.array([0.1, -0.2])).figure))
     assert 'role="img" aria-label="What it &lt;shows&gt;"' in one
     assert ">Reward margins<" in one
     assert ' id="one-' in one

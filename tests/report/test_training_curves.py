@@ -25,13 +25,13 @@ def with_held_out(row):
 def figures(monkeypatch):
     """The figures that are drawn."""
     drawn = []
-    figure_class = training_curves.Figure
+    make = training_curves.blank_figure
 
-    def figure(*args, **kwargs):
-        drawn.append(figure_class(*args, **kwargs))
+    def figure(*size):
+        drawn.append(make(*size))
         return drawn[-1]
 
-    monkeypatch.setattr(training_curves, "Figure", figure)
+    monkeypatch.setattr(training_curves, "blank_figure", figure)
     return drawn
 
 

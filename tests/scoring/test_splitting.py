@@ -81,8 +81,8 @@ def test_the_values_are_the_same(layout: Layout, error: BaseException, pairs: li
     failed = [size for size in sizes if size > ENOUGH]
     assert scorer.tally.splits == len(failed) > 1
     assert len(sizes) > len(failed)
-    assert progress._state.pairs == 40, "each pair counts once"
-    assert progress._state.tokens == sum(len(ids) for pair in pairs for ids in pair.all_ids)
+    assert progress.pairs == 40, "each pair counts once"
+    assert progress.tokens == sum(len(ids) for pair in pairs for ids in pair.all_ids)
 
 
 def test_a_pass_is_split_as_often_as_it_takes(pairs: list[EncodedPair]) -> None:

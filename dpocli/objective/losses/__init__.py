@@ -1,7 +1,10 @@
 """The DPO family: `LOSSES` maps a name to a pure function (logps, *, beta, …) -> LossOutput.
 
-What each loss needs, its hyperparameters and its paper stand in `config.catalogue`. `compute` is the way from what
-`--loss` says to the losses of pairs: modifiers, the functions, and the weights of a sum.
+`config.losses` has the defaults and needs of each loss. `compute` evaluates the choice of `--loss`: modifiers, the
+functions, and the weights of a sum. To add a loss: an entry in `config.losses`, a function of the same name in one of
+the families here, and golden numbers in the tests.
+
+In the docstrings π is the policy, π_ref the reference, |y| the number of counted tokens of an answer, σ the sigmoid.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,60 +12,44 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from dpocli.config.loss_expression import LossChoice, LossTerm
+from dpocli.config.losses import CATALOGUE
 from dpocli.objective.logps import PairLogps
-from dpocli.objective.losses.batch_coupled import aot, aot_unpaired, beta_dpo, beta_dpo_state
-from dpocli.objective.losses.likelihood import rpo, sft
-from dpocli.objective.losses.logistic import (
-    discopop,
-    dpo,
-    dpo_norm,
-    dpo_reference_free,
-    dpop,
-    exo_pair,
-    r_dpo,
-    robust,
-    wpo,
-)
-from dpocli.objective.losses.margin_target import hinge, ipo
+from dpocli.objective.losses import batch_coupled, likelihood, logistic, margin_target, per_side, reference_free
 from dpocli.objective.losses.modifiers import length_desensitized, with_divergence, wpo_weights
 from dpocli.objective.losses.output import LossOutput, LossState
-from dpocli.objective.losses.per_side import apo_down, apo_zero, bco_pair, bco_state, cal_dpo, nca_pair, sppo_hard
-from dpocli.objective.losses.reference_free import alphapo, cpo, orpo, simpo, simpo_hinge, slic
 
 Loss = Callable[..., LossOutput]
 """(logps: PairLogps, *, beta: float, <its own keyword-only hyperparameters>) -> LossOutput.
 
-A loss with a state also takes `state: LossState | None`; without one, it goes by the pairs at hand.
+A stateful loss also takes `state: LossState | None`; None computes it from the given pairs.
 """
 
+_FAMILIES = (logistic, margin_target, per_side, reference_free, likelihood, batch_coupled)
+
 LOSSES: Mapping[str, Loss] = {
-    function.__name__: function
-    for function in (
-        *(dpo, dpo_norm, dpo_reference_free, wpo, robust, exo_pair, discopop, dpop, r_dpo),
-        *(hinge, ipo),
-        *(nca_pair, bco_pair, sppo_hard, apo_zero, apo_down, cal_dpo),
-        *(simpo, simpo_hinge, alphapo, cpo, orpo, slic),
-        *(sft, rpo),
-        *(aot, aot_unpaired, beta_dpo),
-    )
+    name: function for family in _FAMILIES for name, function in vars(family).items() if name in CATALOGUE
 }
 
-NEXT_STATE: Mapping[str, Callable[..., LossState]] = {"bco_pair": bco_state, "beta_dpo": beta_dpo_state}
-"""(logps, *, beta, <the loss's hyperparameters>, state: LossState | None) -> the state once these pairs are counted in."""
+NEXT_STATE: Mapping[str, Callable[..., LossState]] = {
+    "bco_pair": per_side.bco_state,
+    "beta_dpo": batch_coupled.beta_dpo_state,
+}
+"""(logps, *, beta, <the loss's hyperparameters>, state: LossState | None) -> the state after these pairs."""
 
 States = Mapping[str, LossState]
-"""The state of each term that has one, by the name of its loss."""
+"""The state of each stateful term, by the name of its loss."""
 
 
 def compute(choice: LossChoice, logps: PairLogps, states: States | None = None) -> LossOutput:
-    """The chosen loss with its numbers filled in; of a weighted sum, the sum.
-
-    The rewards of a sum are those of its first term that compares the sides.
+    """Evaluate a loss or a weighted sum.
 
     Args:
-        choice: what `--loss` says.
-        logps: of the pairs; of the whole batch, where the loss depends on it.
-        states: of `next_states`; a term without one goes by these pairs alone.
+        choice: the loss, with every number filled in.
+        logps: summed log-probs; of the whole batch, where the loss depends on it. Shapes (pairs,), nats.
+        states: from `next_states`; a stateful term without one computes it from these pairs.
+
+    Returns:
+        Losses and rewards, shapes (pairs,). A sum has the rewards of its first term that compares the sides.
     """
     outputs = {term.name: _compute_term(term, logps, (states or {}).get(term.name)) for term in choice.terms}
     if choice.is_single:
@@ -75,7 +62,7 @@ def compute(choice: LossChoice, logps: PairLogps, states: States | None = None) 
 
 
 def next_states(choice: LossChoice, logps: PairLogps, states: States) -> States:
-    """What the terms remember once the pairs of a batch are counted in: to be computed before their loss."""
+    """Update the states with the pairs of a batch. Call it before `compute` of that batch."""
     return {
         term.name: NEXT_STATE[term.name](_modified(term, logps), **term.numbers, state=states.get(term.name))
         for term in choice.terms
@@ -92,7 +79,7 @@ def _compute_term(term: LossTerm, logps: PairLogps, state: LossState | None) -> 
 
 
 def _modified(term: LossTerm, logps: PairLogps) -> PairLogps:
-    """The log-probs as the term's modifiers would have them."""
+    """The log-probs with the term's modifiers applied."""
     given = term.modifiers
     if "ld_alpha" in given:
         logps = length_desensitized(logps, ld_alpha=float(given["ld_alpha"]))
@@ -103,14 +90,4 @@ def _modified(term: LossTerm, logps: PairLogps) -> PairLogps:
     return logps
 
 
-__all__ = [
-    "LOSSES",
-    "NEXT_STATE",
-    "Loss",
-    "LossOutput",
-    "LossState",
-    "PairLogps",
-    "States",
-    "compute",
-    "next_states",
-]
+__all__ = ["LOSSES", "NEXT_STATE", "Loss", "LossOutput", "LossState", "PairLogps", "States", "compute", "next_states"]

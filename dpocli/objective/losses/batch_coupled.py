@@ -1,6 +1,6 @@
-"""Losses of a whole batch: what a pair's loss is depends on the other pairs.
+"""Losses of a whole batch: the loss of a pair depends on the other pairs.
 
-They must see all pairs of the global batch at once. `objective.batch_gradient` and the trainer see to that, so that
+They must see all pairs of the global batch at once. `objective.batch_gradient` and the trainer do that, so that
 micro-batches and processes change nothing. The short last batch of an epoch is a batch like any other.
 """
 
@@ -12,15 +12,28 @@ from dpocli.objective.losses.output import LossOutput, LossState, log_ratios, ra
 
 
 def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossOutput:
-    """Alignment via Optimal Transport, paired: the policy's margins shall dominate the reference's as a distribution.
+    """Alignment via Optimal Transport, paired: the policy's margins dominate the reference's, as distributions.
 
-        L_k = -(1 - ε) log σ(β d_k) - ε log σ(-β d_k),   d_k = k-th smallest policy margin - k-th smallest reference margin
+        L_k = -(1 - ε) log σ(β d_k) - ε log σ(-β d_k),
+        d_k = k-th smallest policy margin - k-th smallest reference margin
 
-    Melnyk et al. 2024, arXiv:2406.05882, first-order stochastic dominance by sorting. L_k is given to the pair that
-    has the k-th smallest policy margin. Weights of pairs have no meaning in it.
+    L_k is the loss of the pair with the k-th smallest policy margin. Pair weights are not defined.
+
+    Use it where preferences hold on average rather than pair by pair.
+
+    Args:
+        logps: summed log-probs of the whole batch. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x summed log-ratio of the pair itself.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio of the pair.
+
+    Other implementations:
+        TRL returns the losses in sorted order, not by pair.
+
+    References:
+        Melnyk et al. 2024, arXiv:2406.05882, paired, first-order stochastic dominance by sorting.
     """
     chosen, rejected = log_ratios(logps)
     assert logps.reference_chosen is not None
@@ -32,15 +45,28 @@ def aot(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossO
 
 
 def aot_unpaired(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossOutput:
-    """Alignment via Optimal Transport, unpaired: chosen log-ratios shall dominate rejected ones as distributions.
+    """Alignment via Optimal Transport, unpaired: chosen log-ratios dominate rejected ones, as distributions.
 
-        L_k = -(1 - ε) log σ(β d_k) - ε log σ(-β d_k),   d_k = k-th smallest chosen - k-th smallest rejected log-ratio
+        L_k = -(1 - ε) log σ(β d_k) - ε log σ(-β d_k),
+        d_k = k-th smallest chosen log-ratio - k-th smallest rejected log-ratio
 
-    Melnyk et al. 2024, arXiv:2406.05882. TRL 0.x calls it aot_pair. L_k is given to the pair that has the k-th smallest
-    chosen log-ratio. Weights of pairs have no meaning in it.
+    L_k is the loss of the pair with the k-th smallest chosen log-ratio. Pair weights are not defined.
+
+    Use it where chosen and rejected answers belong to different prompts.
+
+    Args:
+        logps: summed log-probs of the whole batch. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x summed log-ratio of the pair itself.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio of the pair.
+
+    Other implementations:
+        TRL 0.x calls it `aot_pair`.
+
+    References:
+        Melnyk et al. 2024, arXiv:2406.05882, unpaired.
     """
     chosen, rejected = log_ratios(logps)
     sorted_chosen, order = torch.sort(chosen, stable=True)
@@ -50,13 +76,14 @@ def aot_unpaired(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0)
 
 
 def _unsorted(values: Tensor, order: Tensor) -> Tensor:
-    """`values` back in the order of the pairs, where `order` says which pair each belongs to."""
+    """Undo a sort: `order` maps each sorted value to its pair. Shapes (pairs,)."""
     return torch.empty_like(values).scatter(0, order, values)
 
 
 SMALLEST_BETA = 1e-3
-"""Where the batch's margins are far below usual, the formula's beta would be negative: the authors' code stops here
-(and so does a smaller benchmark beta at itself)."""
+"""Lower bound of β_batch, which is negative where the margins are far below usual; the authors' code has the same bound.
+
+A base β below it is its own bound."""
 
 
 def beta_dpo(
@@ -67,24 +94,32 @@ def beta_dpo(
     beta_dpo_momentum: float = 0.9,
     state: LossState | None = None,
 ) -> LossOutput:
-    """β-DPO: batches with larger margins than usual are held closer to the reference.
+    """β-DPO: DPO with a beta per batch; a larger mean margin than usual raises it.
 
-        L = -log σ(β_batch h),   β_batch = β (1 + α [mean h of the batch - M₀]),   h = summed log-ratio margin
+        L = -log σ(β_batch h),   β_batch = β (1 + α [mean h of the batch - M₀]),
+        h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Wu et al. 2024, arXiv:2407.08639. M₀ is a running mean of the batches' margins; h is not scaled by β in it, as in the
-    authors' code; β_batch takes no gradient. Their filter, which leaves out a fifth of each batch by chance, says
-    which pairs to learn from and is not part of this loss.
+    M₀ is a running mean of the batches' margins. β_batch takes no gradient.
+
+    Use it where the quality of the pairs varies, and one beta does not fit all batches.
 
     Args:
-        logps: sums per side, of the whole batch.
-        beta: the benchmark β.
-        beta_dpo_alpha: α >= 0.
-        beta_dpo_momentum: of the running mean; see `beta_dpo_state`.
-        state: of `beta_dpo_state`; without one, these pairs are what is usual, and β_batch is β. Weights of pairs do
-            not enter it.
+        logps: summed log-probs of the whole batch. Shapes (pairs,), nats.
+        beta: the base β > 0.
+        beta_dpo_alpha: α >= 0, how strongly beta follows the batch.
+        beta_dpo_momentum: decay of M₀; used by `beta_dpo_state`.
+        state: from `beta_dpo_state`; None takes M₀ from these pairs, so that β_batch is β. Pair weights do not enter
+            it.
 
     Returns:
-        Rewards are β x summed log-ratio, with the benchmark β, so that batches can be compared.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio, with the base β, so that batches compare.
+
+    Other implementations:
+        The margins in β_batch are not scaled by β, as in the authors' code. Their filter, which drops a random fifth of
+        each batch, is not part of the loss.
+
+    References:
+        Wu et al. 2024, arXiv:2407.08639.
     """
     del beta_dpo_momentum
     chosen, rejected = log_ratios(logps)
@@ -98,10 +133,9 @@ def beta_dpo(
 def beta_dpo_state(
     logps: PairLogps, *, beta: float, beta_dpo_alpha: float, beta_dpo_momentum: float, state: LossState | None
 ) -> LossState:
-    """The running mean margin, once this batch is counted in: M₀ ← m M₀ + (1 - m) mean h.
+    """The running mean margin after this batch: M₀ ← m M₀ + (1 - m) mean h.
 
-    It begins at 0, the margin of a policy that is the reference. A batch counts as one, the short last one of an epoch
-    too.
+    It starts at 0, the margin of a policy equal to the reference. Every batch counts the same, a short last one too.
     """
     del beta, beta_dpo_alpha
     chosen, rejected = log_ratios(logps)

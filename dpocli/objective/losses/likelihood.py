@@ -1,4 +1,4 @@
-"""The likelihood of the chosen answer: alone, for weighted sums, and beside DPO."""
+"""The likelihood of the chosen answer, alone and added to DPO."""
 
 from torch import Tensor
 
@@ -8,20 +8,27 @@ from dpocli.objective.losses.output import LossOutput, mean_logps, ranked_by
 
 
 def sft(logps: PairLogps, *, beta: float = 1.0, reduction: str = "mean") -> LossOutput:
-    """Negative log-likelihood of the chosen answer.
+    """Negative log-likelihood of the chosen answer, the language-modelling loss; a term for weighted sums.
 
         L = -log π(chosen) / |chosen|   ("mean"),   or -log π(chosen)   ("sum")
 
-    Every pair counts alike: the batch's loss is a mean over pairs, as in LLaMA-Factory and NeMo. TRL takes one mean
-    over all tokens of a micro-batch, which gives long answers more say and depends on how a batch is cut.
+    Use it beside another loss, to keep the chosen answers likely.
 
     Args:
-        logps: sums per side, and token counts.
-        beta: not used; every loss takes it, so that all can be called alike.
-        reduction: per token, or per answer.
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: not used; every loss takes it.
+        reduction: "mean" per token, or "sum" per answer.
 
     Returns:
-        Rewards are mean log-probs per token, without β: it ranks nothing, but what it raises is this.
+        Losses and rewards, shapes (pairs,). Rewards are mean log-probs per token, without β.
+
+    Other implementations:
+        Every pair counts alike: the batch loss is a mean over pairs of means per token (`--reduction sum`: of sums), as
+        in LLaMA-Factory and NeMo. TRL takes one mean over all tokens of a micro-batch, which depends on how a batch is
+        cut.
+
+    References:
+        The language-modelling loss.
     """
     del beta
     return ranked_by(_negative_log_likelihood(logps, reduction), *mean_logps(logps))
@@ -30,21 +37,27 @@ def sft(logps: PairLogps, *, beta: float = 1.0, reduction: str = "mean") -> Loss
 def rpo(
     logps: PairLogps, *, beta: float, sft_weight: float = 1.0, label_smoothing: float = 0.0, reduction: str = "mean"
 ) -> LossOutput:
-    """DPO plus the likelihood of the chosen answer (Iterative Reasoning Preference Optimization).
+    """Iterative Reasoning Preference Optimization: DPO plus the likelihood of the chosen answer.
 
-        L = dpo - α log π(chosen) / |chosen|
+        L = dpo - α log π(chosen) / |chosen|   ("mean"),   or dpo - α log π(chosen)   ("sum")
 
-    Pang et al. 2024, arXiv:2404.19733, eq. 1.
+    Use it for reasoning, where the chosen answer must stay likely.
 
     Args:
-        logps: sums per side, and token counts.
-        beta: strength of the pull to the reference.
-        sft_weight: α >= 0.
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        sft_weight: α >= 0, the weight of the likelihood term.
         label_smoothing: ε in [0, 0.5), of DPO.
-        reduction: of the likelihood term, as for `sft`.
+        reduction: of the likelihood term, as in `sft`.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    Other implementations:
+        The likelihood term is that of `sft`; `--reduction sum` is NeMo's without averaging.
+
+    References:
+        Pang et al. 2024, arXiv:2404.19733, eq. 1.
     """
     preference = dpo(logps, beta=beta, label_smoothing=label_smoothing)
     losses = preference.losses + sft_weight * _negative_log_likelihood(logps, reduction)

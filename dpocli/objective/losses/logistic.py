@@ -1,4 +1,4 @@
-"""The logistic family: DPO and what bends its margin or its labels."""
+"""DPO and losses that change its margin or its labels, each a log-sigmoid of the margin."""
 
 import math
 
@@ -22,80 +22,124 @@ def dpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossO
 
         L = -(1 - ε) log σ(β h) - ε log σ(-β h),   h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Rafailov et al. 2023, arXiv:2305.18290, eq. 7; the smoothing: Mitchell 2023. Recent TRL and Liger ignore the
-    smoothing under their plain sigmoid loss; here it applies whenever it is given.
+    Use it as the starting point.
 
     Args:
-        logps: sums per side, shapes (pairs,), nats.
-        beta: strength of the pull to the reference.
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
         label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    Other implementations:
+        Recent TRL and Liger ignore label smoothing under their plain sigmoid loss.
+
+    References:
+        Rafailov et al. 2023, arXiv:2305.18290, eq. 7. Smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
     chosen, rejected = log_ratios(logps)
     return ranked_by(smoothed_logistic(beta * (chosen - rejected), label_smoothing), beta * chosen, beta * rejected)
 
 
 def dpo_norm(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossOutput:
-    """DPO on the mean log-ratio per token, so that long answers do not count for more.
+    """DPO on the mean log-ratio per token, so that long answers do not weigh more (length-normalized DPO).
 
         L = dpo with h = log π/π_ref (chosen) / |chosen| - log π/π_ref (rejected) / |rejected|
 
-    Lambert et al. 2024 (Tulu 3), arXiv:2411.15124, length-normalized DPO. TRL's `sigmoid_norm` is the same loss; its
-    rewards stay sums, ours are what the loss ranks by, as in open-instruct.
+    Use it where answers differ much in length, and DPO makes them longer.
+
+    Args:
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x mean log-ratio per token.
+        Losses and rewards, shapes (pairs,). Rewards are β × mean log-ratio per token, which the loss ranks by.
+
+    Other implementations:
+        open-instruct reports the same rewards; TRL's `sigmoid_norm` reports sums.
+
+    References:
+        Lambert et al. 2024 (Tulu 3), arXiv:2411.15124.
     """
     chosen, rejected = mean_log_ratios(logps)
     return ranked_by(smoothed_logistic(beta * (chosen - rejected), label_smoothing), beta * chosen, beta * rejected)
 
 
 def dpo_reference_free(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossOutput:
-    """DPO against a uniform reference, whose log-ratios cancel: it needs no cache.
+    """DPO with a uniform reference, whose log-probs cancel: it needs no cache.
 
         L = dpo with h = log π(chosen) - log π(rejected)
 
-    The option of the original implementation (Rafailov et al. 2023). Some implementations still subtract the reference
-    in the rewards that they report; ours are what the loss ranks by.
+    Use it where there is no reference, and answers have about the same length.
+
+    Args:
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: scale of the margin, > 0.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x summed log-prob.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-prob, which the loss ranks by.
+
+    Other implementations:
+        Some subtract the reference in the rewards that they report.
+
+    References:
+        Rafailov et al. 2023, arXiv:2305.18290, eq. 7 with a uniform reference, an option of the authors' code.
     """
     chosen, rejected = logps.policy_chosen, logps.policy_rejected
     return ranked_by(smoothed_logistic(beta * (chosen - rejected), label_smoothing), beta * chosen, beta * rejected)
 
 
 def wpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> LossOutput:
-    """DPO with each pair weighted by how likely the current policy is to have written it.
+    """DPO with each pair weighted by its likelihood under the policy (`dpo --weighting wpo`).
 
-        L = min(1, w(chosen) w(rejected)) x dpo,   w(y) = exp(1/|y| Σ_t [log π(y_t) - log Σ_v π(v)²])
+        L = min(1, w(chosen) w(rejected)) × dpo,   w(y) = exp(1/|y| Σ_t [log π(y_t) - log Σ_v π(v)²])
 
-    Zhou et al. 2024, arXiv:2406.11827, with its sampled alignment; see `modifiers.wpo_weights`, which the modifier
-    `weighting=wpo` brings to other losses.
+    The weight takes no gradient. `modifiers.wpo_weights` computes it, and the modifier `weighting=wpo` applies it to
+    other losses.
+
+    Use it where the answers come from other models than the policy.
+
+    Args:
+        logps: summed log-probs, token counts, and sums of log Σ_v π(v)². Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    Other implementations:
+        The authors' code clamps the product of the two weights to 1, as here; TRL 1.x does not clamp, TRL 0.24 is off
+        by one token, open-instruct uses sums in place of means.
+
+    References:
+        Zhou et al. 2024, arXiv:2406.11827, with sampled alignment.
     """
     plain = dpo(logps, beta=beta, label_smoothing=label_smoothing)
     return LossOutput(wpo_weights(logps) * plain.losses, plain.chosen_rewards, plain.rejected_rewards)
 
 
 def robust(logps: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> LossOutput:
-    """Robust DPO (rDPO): where a share ε of the labels is flipped, the loss of the clean labels in expectation.
+    """Robust DPO (rDPO): an unbiased estimate of the loss on clean labels, where a share ε of the labels is flipped.
 
-        L = [-(1 - ε) log σ(β h) + ε log σ(-β h)] / (1 - 2ε)
+        L = [-(1 - ε) log σ(β h) + ε log σ(-β h)] / (1 - 2ε),   h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Chowdhury et al. 2024, arXiv:2403.00409. Not bounded below: a pair may earn without end by growing its margin.
+    It has no lower bound: the loss of a pair falls without end as its margin grows.
+
+    Use it where the share of wrong labels is about known.
 
     Args:
-        logps: sums per side.
-        beta: strength of the pull to the reference.
-        label_smoothing: ε in [0, 0.5); at 0.5 labels say nothing and the formula divides by 0.
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        label_smoothing: ε in [0, 0.5); at 0.5 the formula divides by 0.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    References:
+        Chowdhury et al. 2024, arXiv:2403.00409.
     """
     chosen, rejected = log_ratios(logps)
     margin = beta * (chosen - rejected)
@@ -106,17 +150,23 @@ def robust(logps: PairLogps, *, beta: float, label_smoothing: float = 0.1) -> Lo
 def exo_pair(logps: PairLogps, *, beta: float, label_smoothing: float = 1e-3) -> LossOutput:
     """Efficient Exact Optimization on pairs: the KL divergence from the model's preference to the smoothed label.
 
-        L = σ(βh) [log σ(βh) - log(1 - ε)] + σ(-βh) [log σ(-βh) - log ε]
+        L = σ(β h) [log σ(β h) - log(1 - ε)] + σ(-β h) [log σ(-β h) - log ε],
+        h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Ji et al. 2024, arXiv:2402.00856, eq. 16. DPO takes the same divergence in the other direction.
+    DPO minimizes the same divergence in the other direction.
+
+    Use it where DPO covers too many modes, for sharper policies.
 
     Args:
-        logps: sums per side.
-        beta: strength of the pull to the reference.
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
         label_smoothing: ε in (0, 0.5); at 0 the divergence is infinite.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    References:
+        Ji et al. 2024, arXiv:2402.00856, eq. 16.
     """
     chosen, rejected = log_ratios(logps)
     margin = beta * (chosen - rejected)
@@ -126,19 +176,24 @@ def exo_pair(logps: PairLogps, *, beta: float, label_smoothing: float = 1e-3) ->
 
 
 def discopop(logps: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> LossOutput:
-    """DiscoPOP: the log-ratio modulated loss (LRML), a blend of logistic and exponential loss.
+    """DiscoPOP: a blend of logistic and exponential loss found by a language model (log-ratio modulated loss, LRML).
 
         L = (1 - m) (-log σ(x)) + m exp(-x),   x = β h,   m = σ(x / τ)
 
-    Lu et al. 2024, arXiv:2406.08414. Not convex, and not monotone around 0.
+    It is not convex, and not monotone around 0.
+
+    Use it to try the loss found by the paper's search.
 
     Args:
-        logps: sums per side.
-        beta: strength of the pull to the reference.
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
         discopop_tau: τ > 0, the temperature of the blend.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    References:
+        Lu et al. 2024, arXiv:2406.08414, LRML.
     """
     chosen, rejected = log_ratios(logps)
     margin = beta * (chosen - rejected)
@@ -149,19 +204,22 @@ def discopop(logps: PairLogps, *, beta: float, discopop_tau: float = 0.05) -> Lo
 
 
 def dpop(logps: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> LossOutput:
-    """DPO-Positive: a penalty where the chosen answer is less likely than under the reference.
+    """DPO-Positive: a penalty inside the sigmoid where the chosen answer is less likely than under the reference.
 
-        L = -log σ(β [h - λ max(0, log π_ref/π (chosen))])
+        L = -log σ(β [h - λ max(0, log π_ref/π (chosen))]),   h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3.
+    Use it where the answers of a pair differ in few tokens, and DPO lowers the likelihood of both.
 
     Args:
-        logps: sums per side.
-        beta: strength of the pull to the reference.
-        dpop_lambda: λ >= 0.
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        dpop_lambda: λ >= 0, the weight of the penalty.
 
     Returns:
-        Rewards are β x summed log-ratio, without the penalty.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio, without the penalty.
+
+    References:
+        Pal et al. 2024 (Smaug), arXiv:2402.13228, eq. 3.
     """
     chosen, rejected = log_ratios(logps)
     penalty = dpop_lambda * torch.relu(-chosen)
@@ -169,19 +227,23 @@ def dpop(logps: PairLogps, *, beta: float, dpop_lambda: float = 50.0) -> LossOut
 
 
 def r_dpo(logps: PairLogps, *, beta: float, r_dpo_alpha: float = 0.01) -> LossOutput:
-    """Length-regularised DPO: the raters are taken to have rewarded length, and that share is explained away.
+    """Length-regularized DPO: the part of the preference that length explains is subtracted.
 
-        L = -log σ(β h + α (|chosen| - |rejected|))
+        L = -log σ(β h + α (|chosen| - |rejected|)),   h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Park et al. 2024, arXiv:2403.19159.
+    Use it where chosen answers are longer, and the policy must not learn length.
 
     Args:
-        logps: sums per side, and token counts.
-        beta: strength of the pull to the reference.
-        r_dpo_alpha: α >= 0, reward per token.
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0.
+        r_dpo_alpha: α >= 0, the length penalty per token.
 
     Returns:
-        Rewards are β x summed log-ratio, without the length term, which belongs to the raters.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio, without the length term, which models the
+        raters.
+
+    References:
+        Park et al. 2024, arXiv:2403.19159.
     """
     chosen, rejected = log_ratios(logps)
     # A whole number times a Python float would be float32.

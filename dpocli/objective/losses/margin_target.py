@@ -1,4 +1,4 @@
-"""Losses that drive the margin to a target and are content there: IPO's square, and the hinge of RSO and SLiC."""
+"""Losses that drive the margin to a target: the square of IPO, and the hinge of RSO and SLiC."""
 
 import torch
 
@@ -7,30 +7,47 @@ from dpocli.objective.losses.output import LossOutput, log_ratios, mean_log_rati
 
 
 def ipo(logps: PairLogps, *, beta: float, reduction: str = "mean") -> LossOutput:
-    """Identity Preference Optimization: the squared distance of the margin to 1/(2β), which cannot saturate.
+    """Identity Preference Optimization: the squared distance of the margin to 1/(2β), which does not saturate.
 
-        L = (h - 1/(2β))²,   h = margin of the log-ratios, per token ("mean") or summed ("sum")
+        L = (h - 1/(2β))²,   h = log π/π_ref (chosen) - log π/π_ref (rejected), per token ("mean") or summed ("sum")
 
-    Azar et al. 2023, arXiv:2310.12036, eq. 17, where β is called τ. The formula sums; the authors confirmed that their
-    experiments average per token, as TRL and HALOs do, and so does the default. "sum" is what the original DPO
-    repository, torchtune and OpenRLHF compute.
+    Use it where DPO overfits pairs on which all raters agree.
+
+    Args:
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0, τ in the paper.
+        reduction: "mean" divides each log-ratio by its token count, "sum" does not.
 
     Returns:
-        Rewards are β x log-ratio, reduced in the same way.
+        Losses and rewards, shapes (pairs,). Rewards are β × log-ratio, reduced in the same way.
+
+    Other implementations:
+        The formula has sums; the authors confirmed that their experiments average per token, as TRL and HALOs do, and
+        as the default does. `--reduction sum` is the loss of the original DPO repository, torchtune and OpenRLHF.
+
+    References:
+        Azar et al. 2023, arXiv:2310.12036, eq. 17.
     """
     chosen, rejected = mean_log_ratios(logps) if reduction == "mean" else log_ratios(logps)
     return ranked_by((chosen - rejected - 1 / (2 * beta)) ** 2, beta * chosen, beta * rejected)
 
 
 def hinge(logps: PairLogps, *, beta: float) -> LossOutput:
-    """Hinge on the log-ratio margin: a pair that is right by 1/β nats asks for nothing more.
+    """Hinge on the log-ratio margin: the gradient is zero once the margin exceeds 1/β.
 
-        L = max(0, 1 - β h)
+        L = max(0, 1 - β h),   h = log π/π_ref (chosen) - log π/π_ref (rejected)
 
-    Liu et al. 2023 (RSO), arXiv:2309.06657, hinge-norm, after SLiC; β is called γ there.
+    Use it where pairs with a sufficient margin must not be trained on.
+
+    Args:
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: KL-penalty strength β > 0, γ in the paper.
 
     Returns:
-        Rewards are β x summed log-ratio.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-ratio.
+
+    References:
+        Liu et al. 2023 (RSO), arXiv:2309.06657, hinge-norm, after SLiC.
     """
     chosen, rejected = log_ratios(logps)
     return ranked_by(torch.relu(1 - beta * (chosen - rejected)), beta * chosen, beta * rejected)

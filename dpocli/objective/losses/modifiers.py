@@ -1,4 +1,4 @@
-"""What changes several losses in the same way: before the loss, another log-prob; after it, a weight."""
+"""Modifiers, which change several losses in the same way: other log-probs before the loss, or a weight after it."""
 
 import math
 from dataclasses import replace
@@ -12,18 +12,21 @@ from dpocli.objective.losses.output import bounded_exp, log_ratios
 
 
 def length_desensitized(logps: PairLogps, *, ld_alpha: float) -> PairLogps:
-    """LD-DPO: tokens beyond the length of the shorter side count α as much, for policy and reference alike.
+    """LD-DPO: weigh the tokens beyond the length of the shorter answer by α, for policy and reference alike.
 
         log π̂(y) = Σ_{t <= l} log π(y_t) + α Σ_{t > l} log π(y_t),   l = min(|chosen|, |rejected|)
 
-    Liu et al. 2024, arXiv:2409.06411. LLaMA-Factory leaves the reference as it is, which makes a margin out of
-    nothing where the policy is the reference.
-
     Args:
-        logps: with the sums of the tails.
+        logps: summed log-probs with their tails. Shapes (pairs,), nats.
         ld_alpha: α in [0, 1]; 1 changes nothing.
+
+    Other implementations:
+        LLaMA-Factory leaves the reference as it is, so that the margin is not 0 where the policy is the reference.
+
+    References:
+        Liu et al. 2024, arXiv:2409.06411.
     """
-    assert logps.policy_chosen_tail is not None, "the engine gives the tails where the loss asks for them"
+    assert logps.policy_chosen_tail is not None, "the scorer computes the tails where the loss needs them"
     assert logps.policy_rejected_tail is not None
     assert logps.reference_chosen is not None
     assert logps.reference_rejected is not None
@@ -40,18 +43,25 @@ def length_desensitized(logps: PairLogps, *, ld_alpha: float) -> PairLogps:
 
 
 def with_divergence(logps: PairLogps, *, f_divergence: str, f_alpha: float = 0.5) -> PairLogps:
-    """f-DPO: another divergence in place of the reverse KL; log u becomes f'(u), u = π/π_ref of the sampled answer.
+    """f-DPO: replace the reverse KL by another divergence; log u becomes f'(u), u = π/π_ref of the sampled answer.
 
         forward KL: 1 - 1/u      Jensen-Shannon: log(2u / (1 + u))      alpha: (1 - u^-α) / α
 
-    Wang et al. 2023, arXiv:2309.16240. Its divergences are between distributions over answers; like the loss, this
-    sees them on the ratios of the sampled answers only, not on the vocabulary at each token. α is the paper's (1 - α
-    in TRL 1.x): towards 0 the reverse KL, 1 the forward KL. u is of whole answers, so 1/u soon overflows where an
-    answer falls: exp goes on as its tangent from e^20. The paper's f' of the forward KL is -1/u: the 1 cancels in margins
-    of sums, and where log-ratios are divided by their tokens it keeps the reference's own margin at 0.
+    The divergences are between distributions over answers, evaluated at the ratios of the sampled answers, not over the
+    vocabulary at each token. The paper's f' of the forward KL is -1/u: the 1 cancels in margins of sums, and keeps the
+    margin at the reference 0 where log-ratios are divided by token counts. u covers whole answers, so 1/u overflows
+    where an answer falls far: beyond e^20, exp continues as its tangent.
+
+    Args:
+        logps: summed log-probs. Shapes (pairs,), nats.
+        f_divergence: "reverse_kl", "forward_kl", "js" or "alpha".
+        f_alpha: the paper's α in (0, 1), 1 - α in TRL 1.x; towards 0 the reverse KL, towards 1 the forward KL.
 
     Returns:
-        The log-probs whose log-ratio is f'(u), so that rewards are β f'(u), what the loss ranks by.
+        Log-probs whose log-ratio is f'(u), so that rewards are β f'(u), which the loss ranks by.
+
+    References:
+        Wang et al. 2023, arXiv:2309.16240.
     """
 
     def score(log_ratio: Tensor) -> Tensor:
@@ -76,14 +86,19 @@ def with_divergence(logps: PairLogps, *, f_divergence: str, f_alpha: float = 0.5
 
 
 def wpo_weights(logps: PairLogps) -> Tensor:
-    """WPO: how likely the current policy is to have written the pair. Shape (pairs,), in (0, 1], no gradient.
+    """WPO: the weight of each pair, its likelihood under the policy. Shape (pairs,), in (0, 1], no gradient.
 
         min(1, w(chosen) w(rejected)),   w(y) = exp(1/|y| Σ_t [log π(y_t) - log Σ_v π(v)²])
 
-    Zhou et al. 2024, arXiv:2406.11827, with its sampled alignment. The paper's code clamps the product of the two
-    weights (not each) to 1 and takes no gradient through it: so do we. TRL 1.x does not clamp.
+    The product of the two weights is clamped to 1, not each.
+
+    Args:
+        logps: summed log-probs, token counts, and sums of log Σ_v π(v)². Shapes (pairs,), nats.
+
+    References:
+        Zhou et al. 2024, arXiv:2406.11827, with sampled alignment.
     """
-    assert logps.policy_chosen_collision is not None, "the scorer computes it where the loss asks for it"
+    assert logps.policy_chosen_collision is not None, "the scorer computes it where the loss needs it"
     assert logps.policy_rejected_collision is not None
     chosen = (logps.policy_chosen - logps.policy_chosen_collision) / logps.chosen_tokens
     rejected = (logps.policy_rejected - logps.policy_rejected_collision) / logps.rejected_tokens

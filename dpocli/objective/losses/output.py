@@ -1,4 +1,4 @@
-"""What a loss returns, and the helpers that the families share."""
+"""The output of a loss, and functions that the families share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from torch import Tensor
 from dpocli.objective.logps import PairLogps
 
 LossState = Mapping[str, float]
-"""What a loss remembers from step to step. Python's floats are float64."""
+"""The running statistic of a stateful loss. Python's floats are float64."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossOutput:
-    """Per pair, never reduced. Shapes (pairs,)."""
+    """The result of a loss for each pair, never reduced. Shapes (pairs,)."""
 
     losses: Tensor
     chosen_rewards: Tensor
@@ -26,20 +26,20 @@ class LossOutput:
 
 
 def log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """log π(y|x) - log π_ref(y|x) of the chosen and the rejected side. Shapes (pairs,), nats."""
+    """log π(y|x) - log π_ref(y|x) of the chosen and the rejected answer. Shapes (pairs,), nats."""
     assert logps.reference_chosen is not None, "the start-up checks refuse this loss without a reference"
     assert logps.reference_rejected is not None
     return logps.policy_chosen - logps.reference_chosen, logps.policy_rejected - logps.reference_rejected
 
 
 def mean_log_ratios(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """The same per token. Shapes (pairs,), nats per token."""
+    """Log-ratios divided by the token counts. Shapes (pairs,), nats per token."""
     chosen, rejected = log_ratios(logps)
     return chosen / logps.chosen_tokens, rejected / logps.rejected_tokens
 
 
 def mean_logps(logps: PairLogps) -> tuple[Tensor, Tensor]:
-    """log π(y|x) per token of the chosen and the rejected side. Shapes (pairs,), nats per token."""
+    """log π(y|x) divided by the token counts. Shapes (pairs,), nats per token."""
     return logps.policy_chosen / logps.chosen_tokens, logps.policy_rejected / logps.rejected_tokens
 
 
@@ -55,15 +55,15 @@ EXPONENT_BOUND = 20.0
 
 
 def bounded_exp(exponent: Tensor) -> Tensor:
-    """exp, which goes on as its tangent from e^20.
+    """exp, continued as its tangent beyond e^20.
 
-    There the formula's value has no meaning for training, and an infinity would end the run: the tokens' log-probs are
-    float32, and so is what reaches them. The slope stays, so that an answer that fell so far is still pulled back.
+    There the value has no meaning for training, and an infinity would end the run: the log-probs of tokens are float32,
+    and so is their gradient. The slope remains, so that an answer that fell this far is still raised.
     """
     beyond = torch.relu(exponent - EXPONENT_BOUND)
     return torch.exp(exponent.clamp(max=EXPONENT_BOUND)) * (1 + beyond)
 
 
 def ranked_by(losses: Tensor, chosen: Tensor, rejected: Tensor) -> LossOutput:
-    """The output of a loss that ranks by these two quantities."""
+    """The output of a loss that ranks by these two quantities, which lose their gradient."""
     return LossOutput(losses, chosen.detach(), rejected.detach())

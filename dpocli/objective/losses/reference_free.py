@@ -1,4 +1,4 @@
-"""Losses without a reference: SimPO and its kin, and those that also imitate the chosen answer."""
+"""Losses without a reference: SimPO and its variants, and losses that also imitate the chosen answer."""
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +13,46 @@ def simpo(logps: PairLogps, *, beta: float, gamma: float = 1.0, label_smoothing:
 
         L = -log σ(β/|chosen| log π(chosen) - β/|rejected| log π(rejected) - γ)
 
-    Meng et al. 2024, arXiv:2405.14734, eq. 6. γ is subtracted as in the paper; code that takes γ/β multiplies it by β.
+    Label smoothing ε acts as in `dpo`.
+
+    Use it without a reference, where the length of answers must not count.
+
+    Args:
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: scale of the margin, > 0.
+        gamma: γ >= 0, the target margin; it is not multiplied by β.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x mean log-prob per token.
+        Losses and rewards, shapes (pairs,). Rewards are β × mean log-prob per token.
+
+    Other implementations:
+        γ is subtracted as in the paper; code that takes γ/β multiplies it by β.
+
+    References:
+        Meng et al. 2024, arXiv:2405.14734, eq. 6.
     """
     chosen, rejected = (beta * mean for mean in mean_logps(logps))
     return ranked_by(smoothed_logistic(chosen - rejected - gamma, label_smoothing), chosen, rejected)
 
 
 def simpo_hinge(logps: PairLogps, *, beta: float, gamma: float = 1.0) -> LossOutput:
-    """SimPO with a hinge, a loss type of its code.
+    """SimPO with a hinge in place of the logistic loss.
 
         L = max(0, 1 - [β/|chosen| log π(chosen) - β/|rejected| log π(rejected) - γ])
 
-    Meng et al. 2024, arXiv:2405.14734.
+    Use it as `simpo`, where pairs with a sufficient margin must not be trained on.
+
+    Args:
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: scale of the margin, > 0.
+        gamma: γ >= 0, the target margin; it is not multiplied by β.
 
     Returns:
-        Rewards are β x mean log-prob per token.
+        Losses and rewards, shapes (pairs,). Rewards are β × mean log-prob per token.
+
+    References:
+        Meng et al. 2024, arXiv:2405.14734, a loss type of the authors' code.
     """
     chosen, rejected = (beta * mean for mean in mean_logps(logps))
     return ranked_by(torch.relu(1 - (chosen - rejected - gamma)), chosen, rejected)
@@ -43,10 +65,22 @@ def alphapo(
 
         L = -log σ(r(chosen) - r(rejected) - γ),   r(y) = β (1 - exp(-α log π(y)/|y|)) / α
 
-    Gupta et al. 2025, arXiv:2501.03884. α = 0 is SimPO. exp goes on as its tangent from e^20.
+    α = 0 is SimPO. Beyond e^20, exp continues as its tangent. Label smoothing ε acts as in `dpo`.
+
+    Use it where `simpo` lowers the likelihood of both answers too much.
+
+    Args:
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: scale of the reward, > 0.
+        gamma: γ >= 0, the target margin.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
+        alphapo_alpha: α, the shape of the reward.
 
     Returns:
-        Rewards are r.
+        Losses and rewards, shapes (pairs,). Rewards are r.
+
+    References:
+        Gupta et al. 2025, arXiv:2501.03884.
     """
 
     def reward(mean: Tensor) -> Tensor:
@@ -59,20 +93,28 @@ def alphapo(
 
 
 def cpo(logps: PairLogps, *, beta: float, sft_weight: float = 1.0, label_smoothing: float = 0.0) -> LossOutput:
-    """Contrastive Preference Optimization: DPO against a uniform reference, plus imitation of the chosen answer.
+    """Contrastive Preference Optimization: DPO with a uniform reference, plus the likelihood of the chosen answer.
 
         L = -log σ(β [log π(chosen) - log π(rejected)]) - λ log π(chosen) / |chosen|
 
-    Xu et al. 2024, arXiv:2401.08417. The likelihood term is a mean per token, as in the authors' code, TRL and Liger.
+    Label smoothing ε acts as in `dpo`.
+
+    Use it for translation and similar tasks, where the chosen answer is also to be imitated.
 
     Args:
-        logps: sums per side, and token counts.
-        beta: scale of the margin.
-        sft_weight: λ >= 0.
-        label_smoothing: ε in [0, 0.5).
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: scale of the margin, > 0.
+        sft_weight: λ >= 0, the weight of the likelihood term.
+        label_smoothing: ε in [0, 0.5), the assumed share of flipped labels.
 
     Returns:
-        Rewards are β x summed log-prob.
+        Losses and rewards, shapes (pairs,). Rewards are β × summed log-prob.
+
+    Other implementations:
+        The likelihood term is a mean per token of the chosen answer, as in the authors' code, TRL and Liger.
+
+    References:
+        Xu et al. 2024, arXiv:2401.08417.
     """
     chosen, rejected = beta * logps.policy_chosen, beta * logps.policy_rejected
     likelihood = logps.policy_chosen / logps.chosen_tokens
@@ -80,16 +122,28 @@ def cpo(logps: PairLogps, *, beta: float, sft_weight: float = 1.0, label_smoothi
 
 
 def orpo(logps: PairLogps, *, beta: float) -> LossOutput:
-    """Odds Ratio Preference Optimization: imitation of the chosen answer, plus the odds ratio of the sides.
+    """Odds Ratio Preference Optimization: likelihood of the chosen answer plus the log odds ratio of the two answers.
 
-        L = -log P(chosen) - λ log σ(log odds(chosen) - log odds(rejected)),   odds = P/(1 - P),   log P = log π(y)/|y|
+        L = -log π(chosen)/|chosen| - β log σ(log odds(chosen) - log odds(rejected)),
+        odds(y) = P/(1 - P),   log P = log π(y)/|y|
 
-    Hong et al. 2024, arXiv:2403.07691, eq. 6, where β is called λ. The likelihood is the answer's, as in LLaMA-Factory
-    and Liger; TRL takes the prompt's tokens in. The odds of an answer that is certain are infinite: P is held below
-    1 by the rounding of its dtype.
+    The odds of a certain answer are infinite: P is clamped below 1 by the rounding of its dtype.
+
+    Use it from a base model in one stage, without SFT and without a reference.
+
+    Args:
+        logps: summed log-probs and token counts. Shapes (pairs,), nats.
+        beta: weight of the odds ratio, > 0, λ in the paper.
 
     Returns:
-        Rewards are β x mean log-prob per token, which orders answers as their odds do.
+        Losses and rewards, shapes (pairs,). Rewards are β × mean log-prob per token, which orders answers as their odds
+        do.
+
+    Other implementations:
+        The likelihood term covers the answer, as in LLaMA-Factory and Liger; TRL's also covers the prompt.
+
+    References:
+        Hong et al. 2024, arXiv:2403.07691, eq. 6.
     """
     chosen, rejected = mean_logps(logps)
     log_odds_ratio = _log_odds(chosen) - _log_odds(rejected)
@@ -103,20 +157,27 @@ def _log_odds(mean: Tensor) -> Tensor:
 
 
 def slic(logps: PairLogps, *, beta: float, sft_weight: float = 0.1) -> LossOutput:
-    """Sequence Likelihood Calibration (SLiC-HF): a hinge on the log-probs, plus imitation of the chosen answer.
+    """Sequence Likelihood Calibration (SLiC-HF): a hinge on the log-probs plus the likelihood of the chosen answer.
 
-        L = max(0, δ - log π(chosen) + log π(rejected)) - λ log π(chosen)
+        L = max(0, β - log π(chosen) + log π(rejected)) - λ log π(chosen)
 
-    Zhao et al. 2023, arXiv:2305.10425, eq. 4, where β is called δ; the chosen answer stands for its regularization target.
-    HALOs divides the likelihood term by the padded width of the batch; here it is the sum.
+    The chosen answer is the target of the paper's regularization.
+
+    Use it without a reference, for a margin in nats.
 
     Args:
-        logps: sums per side.
-        beta: δ, the margin in nats.
-        sft_weight: λ >= 0.
+        logps: summed log-probs. Shapes (pairs,), nats.
+        beta: margin in nats, > 0, δ in the paper.
+        sft_weight: λ >= 0, the weight of the likelihood term.
 
     Returns:
-        Rewards are summed log-probs, without β.
+        Losses and rewards, shapes (pairs,). Rewards are summed log-probs, without β.
+
+    Other implementations:
+        The likelihood term is a sum over the chosen answer; HALOs divides it by the padded width of the batch.
+
+    References:
+        Zhao et al. 2023, arXiv:2305.10425, eq. 4.
     """
     chosen, rejected = logps.policy_chosen, logps.policy_rejected
     return ranked_by(torch.relu(beta - chosen + rejected) - sft_weight * chosen, chosen, rejected)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dpocli.cache.fingerprint import Fingerprint
-from dpocli.cache.schema import KeptType
+from dpocli.cache.kept_columns import KeptType
 from dpocli.cache.writer import CacheWriter
 from dpocli.data.pair_tokens import pair_id
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
@@ -108,8 +108,9 @@ def fill(
 ) -> CacheWriter:
     """Write whatever is missing of a small cache."""
     fingerprint = make_fingerprint(total_rows, rows_per_part, scored=scored, **settings)
-    writer = CacheWriter(directory, fingerprint, total_rows, rows_per_part, KEPT)
+    writer = CacheWriter(directory, fingerprint, KEPT)
     writer.check()
+    writer.prepare()
     for tile in writer.missing():
         rows = range(tile.start, tile.stop)
         pairs = [make_pair(row, scored=scored) for row in rows if row not in skipped_rows]
