@@ -51,4 +51,14 @@ def shard(
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks of a model, by transformers' list of modules that must not be split."""
     names = set(getattr(model, "_no_split_modules", None) or ())
-    return [module for module in model.modules() if type(module).__name__ in names]
+    layers: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    seen: set[nn.Parameter] = set()
+    for module in model.modules():  # outer modules first
+        parameters = set(module.parameters())
+        # The list may name modules inside each other, and layers may share weights: those stay with the root.
+        if type(module).__name__ in names and module not in inside and not parameters & seen:
+            layers.append(module)
+            inside.update(module.modules())
+            seen |= parameters
+    return layers

@@ -2,12 +2,15 @@
 
 import ctypes
 import logging
+import math
 import sys
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -15,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from dpocli.config.options import ModelOptions
 from dpocli.errors import UsageError, brief_message, is_out_of_memory
 from dpocli.model import lora
+from dpocli.model.hashing import weights_files
 from dpocli.model.identity import ModelFiles
 from dpocli.model.quantization import quantization_config, without_inference_kernels
 
@@ -110,10 +114,15 @@ def compute_exactly(model: PreTrainedModel, device: torch.device) -> None:
         keep_freed_memory()
 
 
-def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:
-    """Set every dropout, drop path and router jitter of the model to 0, in its modules and in its configuration.
+def _stay_in_evaluation(module: nn.Module, _mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, False)
 
-    Some modules read the configuration at every call, so a saved model needs the configuration from before.
+
+def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[], None]:
+    """Set every dropout and drop path of the model to 0, and keep modules with router jitter in evaluation mode.
+
+    Some modules read the configuration at every call, so a saved model needs the configuration from before. Router jitter
+    is no rate: PhiMoE also uses it as a threshold in evaluation.
 
     Args:
         model: to be changed.
@@ -123,14 +132,17 @@ def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[],
         A function that restores them.
     """
     before: list[tuple[Any, str, float]] = []
+    fixed: list[nn.Module] = []
     for path, module in model.named_modules():
         if but and but in path.split("."):
             continue
+        if any("jitter" in name for name in vars(module)) and "train" not in vars(module):
+            module.train = partial(_stay_in_evaluation, module)
+            module.eval()
+            fixed.append(module)
         for holder in (module, getattr(module, "config", None)):
             for name, value in list(vars(holder).items()) if holder is not None else []:
-                is_rate = any(word in name for word in ("drop", "jitter")) or (
-                    name == "p" and isinstance(holder, nn.Dropout)
-                )
+                is_rate = "drop" in name or (name == "p" and isinstance(holder, nn.Dropout))
                 if isinstance(value, float) and is_rate:
                     before.append((holder, name, value))
                     setattr(holder, name, 0.0)
@@ -138,15 +150,33 @@ def without_dropout(model: nn.Module, *, but: str | None = None) -> Callable[[],
     def put_back() -> None:
         for holder, name, value in reversed(before):
             setattr(holder, name, value)
+        for module in fixed:
+            del module.__dict__["train"]
 
     return put_back
+
+
+_SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def source_dtype(files: ModelFiles, options: ModelOptions) -> torch.dtype:
     """The dtype in which the model was saved."""
     config = AutoConfig.from_pretrained(files.directory, trust_remote_code=options.trust_remote_code)
     dtype = config.get_text_config().dtype or config.dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return dtype if isinstance(dtype, torch.dtype) else _most_common_dtype(files)
+
+
+def _most_common_dtype(files: ModelFiles) -> torch.dtype:
+    """The floating dtype of most weights, for configurations that name none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in weights_files(files.directory):
+        with safe_open(files.directory / name, "pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(key)
+                dtype = _SAFETENSORS_DTYPES.get(tensor.get_dtype())
+                if dtype is not None:
+                    sizes[dtype] += math.prod(tensor.get_shape())
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,6 +1,5 @@
 """Add an adapter to the weights of its base, and check that the result computes the same."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpocli.config.options import ModelOptions
-from dpocli.errors import NumericsError, UsageError
+from dpocli.errors import NumericsError
 from dpocli.model.identity import ModelFiles
 from dpocli.model.load import load_base
 from dpocli.model.lora import has_tied_embeddings, put_on, quietly, say_untied, shared_under_adapters
@@ -45,31 +44,6 @@ def merged_model(files: ModelFiles, adapter: Path, options: ModelOptions) -> Pre
         say_untied(merged)
     _check_merged(alone, adapted, _logps(merged), adapter)
     return merged
-
-
-def check_saved(directory: Path, weights: Mapping[str, Tensor], adapter: Path, options: ModelOptions) -> None:
-    """Raise NumericsError where a saved model does not load with the weights that it was saved with.
-
-    Args:
-        directory: of the saved model.
-        weights: name → tensor, all in the dtype in which they were saved.
-        adapter: directory of the adapter, which the message names.
-        options: how models are loaded.
-    """
-    dtype = next(iter(weights.values())).dtype
-    files = ModelFiles(directory, runs_code=options.trust_remote_code)
-    try:
-        loaded = load_base(files, options, dtype, torch.device("cpu"))
-    except UsageError as error:
-        what = str(error).partition(": ")[2]
-        raise NumericsError(f"--merge: what was saved cannot be loaded: {what} {_use(adapter)}") from error
-    found = dict(loaded.named_parameters(remove_duplicate=False))
-    if other := [
-        name for name, weight in weights.items() if name not in found or not torch.equal(found[name].to(dtype), weight)
-    ]:
-        raise NumericsError(
-            f"--merge: {len(other)} weights of the merged model are others once it is loaded ({other[0]}, …). {_use(adapter)}"
-        )
 
 
 def _check_merged(alone: Tensor | None, adapted: Tensor | None, merged: Tensor | None, adapter: Path) -> None:

@@ -1,5 +1,6 @@
 """Save a trained model or adapter as a directory that `from_pretrained` loads, with its provenance."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,9 +17,10 @@ from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import ModelOptions
 from dpocli.errors import ResourceError, brief_message
 from dpocli.model.identity import ModelFiles
-from dpocli.model.load import source_dtype
+from dpocli.model.load import dtype_name, source_dtype
 from dpocli.model.lora import quietly
-from dpocli.model.merge import check_saved, merged_model
+from dpocli.model.merge import merged_model
+from dpocli.model.saved_check import check_saved
 from dpocli.run.files import sync_directory, sync_file, translating_file_errors
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     provenance: Provenance,
+    *,
+    runs_code: bool = False,
 ) -> None:
     """Write a model directory: weights in `dtype`, configuration, tokenizer with template, and `dpocli.json`.
 
@@ -78,6 +82,10 @@ def save_model(
         tokenizer: saved beside.
         dtype: of the saved weights.
         provenance: of the model.
+        runs_code: whether the model comes with code of its own.
+
+    Raises:
+        NumericsError: the saved model does not load with these weights; nothing is left then.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in weights.items()} | {
         name: buffer.detach().cpu().clone() for name, buffer in buffers.items()
@@ -86,8 +94,26 @@ def save_model(
     model.config.dtype = dtype
     with _replacing(directory) as temporary:
         model.save_pretrained(temporary, state_dict=tensors)
+        _write_dtype(temporary, dtype)
+        check_saved(
+            temporary,
+            tensors,
+            dtype,
+            "The trained model was not saved. The last checkpoint of the run holds it.",
+            runs_code=runs_code,
+        )
         tokenizer.save_pretrained(temporary)
         provenance.write(temporary)
+
+
+def _write_dtype(directory: Path, dtype: torch.dtype) -> None:
+    """Make `config.json` name the dtype of the saved weights: transformers writes that of the live model."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "dtype" in part or part is config:
+            part["dtype"] = dtype_name(dtype)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_adapter(
@@ -153,8 +179,10 @@ def merge(
     buffers = {name: buffer for name, buffer in merged.named_buffers() if name in saved}
     with _replacing(directory) as temporary:
         merged.save_pretrained(temporary, state_dict=weights | buffers)
+        _write_dtype(temporary, dtype)
         del merged  # memory for two models is not needed
-        check_saved(temporary, weights, adapter_directory, options)
+        kept = f"No merged model was left. The adapter, {adapter_directory}, is as trained; all commands take it as --model."
+        check_saved(temporary, weights, dtype, kept, runs_code=options.trust_remote_code)
         tokenizer.save_pretrained(temporary)
         provenance.write(temporary)
 

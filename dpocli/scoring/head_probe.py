@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dpocli.errors import UsageError, brief_message, is_out_of_memory
 from dpocli.scoring.head import LogitMap
 
 
@@ -33,6 +34,16 @@ def probe_head(model: PreTrainedModel) -> LogitMap | HeadKind:
         if torch.allclose(candidate(raw.float()), logits.float(), rtol=tolerance, atol=tolerance):
             return candidate
     return HeadKind.OWN
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The model without its head. Some architectures return themselves as their decoder."""
+    head = model.get_output_embeddings()
+    decoder: nn.Module = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    parts: list[nn.Module] = [part for part in model.children() if part is not head]
+    return max(parts, key=lambda part: sum(parameter.numel() for parameter in part.parameters()), default=model)
 
 
 def _candidates(model: PreTrainedModel) -> list[LogitMap]:
@@ -70,10 +81,19 @@ def _measure(model: PreTrainedModel, head: nn.Linear) -> tuple[Tensor, Tensor] |
     try:
         with torch.no_grad():
             logits = model(input_ids=input_ids, use_cache=False).logits
-            hidden = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
+            hidden = getattr(decoder_of(model)(input_ids=input_ids, use_cache=False), "last_hidden_state", None)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"--model: the forward pass of {model.config.model_type} fails in transformers, in {model.dtype} "
+            f"({brief_message(error)}). Try another --dtype or another version of transformers."
+        ) from error
     finally:
         hook.remove()
         model.train(training)
+    if hidden is None or "input" not in seen or seen["input"].shape != hidden.shape:
+        return None
     if not torch.allclose(seen["input"].float(), hidden.float(), rtol=1e-3, atol=1e-3):
         return None
     return known, logits[0, -1]

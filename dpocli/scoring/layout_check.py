@@ -1,14 +1,16 @@
-"""Choose the fastest layout that gives this model the log-probs of the padded layout; verified at every start.
+"""Choose the fastest layout that gives this model's own log-probs; verified at every start.
 
 Rows of several pairs are right only if positions and attention behave as expected, which windows, sinks, soft caps,
 recurrent layers, and architectures to come may not. So:
 
 1. Candidates: the shared layout, then the packed one; on CUDA with FlexAttention first.
-2. Pairs: the longest of each data set and a few drawn ones (`sample`).
-3. Comparison with the padded layout (`LayoutTrial`): log-probs within the dtype's rounding, no influence of other pairs in the
-   row, and in training the same gradients.
+2. Pairs: the longest of each data set, the shortest, and a median one (`sample`).
+3. Comparison with the oracle, the model's own forward pass over one sequence (`LayoutTrial`): log-probs within the dtype's
+   rounding in each region of a side, no influence of other tokens of the row, and in training the gradients of the padded
+   layout.
 
-The first candidate without a mismatch is used, or else the padded layout.
+The first candidate without a mismatch is used, or else the padded layout, which is compared with the oracle first; where
+padding changes what a model computes, its rows are scored one by one.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,9 +25,8 @@ from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes
 from dpocli.errors import NumericsError, ResourceError
 from dpocli.scoring.layout_trial import OUT_OF_MEMORY, Candidate, Gradient, LayoutTrial
+from dpocli.scoring.oracle import EDGE
 from dpocli.scoring.scorer import PairScorer
-
-NUM_DRAWN = 3
 
 MAX_TOKENS = 512
 """Longer pairs are cut for the check, unless the model has a window that they exceed."""
@@ -64,7 +65,7 @@ def choose_layout(
     *,
     dropout: bool = False,
 ) -> None:
-    """Set the scorer to the fastest layout that matches the padded one.
+    """Set the scorer to the fastest layout that matches the oracle.
 
     Args:
         scorer: without active dropout.
@@ -76,29 +77,39 @@ def choose_layout(
         dropout: whether dropout will be active, which FlexAttention does not support.
 
     Raises:
-        NumericsError: the forced layout is wrong for this model.
+        NumericsError: the forced layout is wrong for this model, or none is right.
         UsageError: a backward pass failed, after which no other layout can be tried.
         ResourceError: out of memory in a backward pass, or in the forced layout.
     """
     scorer.lay_out(Layout.PADDED)
-    if asked == Layout.PADDED:
-        return
+    scorer.rows_alone = False
+    trial = LayoutTrial(scorer, pairs, processes, gradient)
     candidates, rejected = _candidates(scorer, asked, dropout)
-    trial = LayoutTrial(scorer, pairs, processes, gradient) if candidates else None
+    if padded := trial.padded_mismatch():
+        scorer.rows_alone = True
+        trial = LayoutTrial(scorer, pairs, processes, gradient)
+        if found := trial.padded_mismatch():
+            raise NumericsError(
+                f"--model: its log-probs are not those of the forward pass of {scorer.model.config.model_type} in transformers, "
+                f"in the {found}; with padding, in the {padded}. It cannot be used: try another --dtype, or report this."
+            )
+        rejected.append(f"padded: log-probs differ in the {padded}")
+    if asked == Layout.PADDED:
+        candidates = []
     for candidate in candidates:
-        assert trial
         mismatch = trial.mismatch(candidate)
         if mismatch is None:
             break
         rejected.append(f"{candidate}: {mismatch}")
         scorer.lay_out(Layout.PADDED)
     else:
-        if asked != "auto" and any(reason.endswith(OUT_OF_MEMORY) for reason in rejected):
+        forced = asked not in ("auto", Layout.PADDED)
+        if forced and any(reason.endswith(OUT_OF_MEMORY) for reason in rejected):
             raise ResourceError(
                 f"--scoring {asked} cannot be tried on this model: out of memory. Use --scoring auto, which takes a layout "
                 "that fits, or a smaller --token-budget."
             )
-        if asked != "auto":
+        if forced:
             raise NumericsError(
                 f"--scoring {asked} is wrong for this model ({'; '.join(rejected)}). Use --scoring auto."
             )
@@ -108,7 +119,7 @@ def choose_layout(
 
 
 def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[EncodedPair]:
-    """Select the pairs to compare layouts on: the longest of each view, and a few of the first view.
+    """Select the pairs to compare layouts on: the longest of each view, and the shortest, a median and a drawn one of the first.
 
     Args:
         scorer: its model's window decides whether long pairs are cut.
@@ -116,9 +127,23 @@ def sample(scorer: PairScorer, views: Sequence[Pairs], seed: int) -> list[Encode
         seed: of the draw.
     """
     longest = [int(np.argmax(view.lengths)) for view in views]
-    drawn = np.random.default_rng([seed, 0xE4AC7]).permutation(len(views[0].lengths))[:NUM_DRAWN]
-    pairs = views[0].load(np.unique([longest[0], *drawn]))
+    by_length = np.argsort(views[0].lengths, kind="stable")
+    drawn = np.random.default_rng([seed, 0xE4AC7]).integers(len(by_length))
+    pairs = views[0].load(np.unique([longest[0], by_length[0], by_length[len(by_length) // 2], drawn]))
     pairs += [pair for view, position in zip(views[1:], longest[1:], strict=True) for pair in view.load([position])]
+    shortest = pairs[0]
+    pairs.append(
+        # Short-range mixers (convolutions, token shift) reach over a prompt of one token into the pair before.
+        replace(
+            shortest,
+            prompt_ids=shortest.prompt_ids[-1:],
+            chosen_ids=shortest.chosen_ids[: 2 * EDGE],
+            rejected_ids=shortest.rejected_ids[: 2 * EDGE],
+            chosen_mask=None,
+            rejected_mask=None,
+            reference=None,
+        )
+    )
     window = window_of(scorer)
     exceeds_window = window and any(pair.num_tokens_longer > window for pair in pairs)
     return pairs if exceeds_window else [_cut(pair) for pair in pairs]

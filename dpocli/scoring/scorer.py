@@ -19,7 +19,7 @@ from dpocli.data.packing import Layout, Packing
 from dpocli.errors import UsageError
 from dpocli.scoring import attention
 from dpocli.scoring.head import Head, LogitMap, token_logps
-from dpocli.scoring.head_probe import HeadKind, probe_head
+from dpocli.scoring.head_probe import HeadKind, decoder_of, probe_head
 from dpocli.scoring.layout import TokenCounter, TokenRows
 from dpocli.scoring.token_logps import TokenLogps
 
@@ -89,6 +89,8 @@ class PairScorer(nn.Module):
         self.packing = Packing(Layout.PADDED, token_budget)
         """How callers combine pairs to micro-batches."""
         self.uses_flex = False
+        self.rows_alone = False
+        """Whether padded rows are computed one by one, for models on which padding has an effect."""
         self.tally = TokenCounter()
         self.compute_dtype = model.dtype
         """Of the forward pass; set by a wrapper that casts."""
@@ -114,13 +116,15 @@ class PairScorer(nn.Module):
         """Layout and attention, as recorded beside the values. They affect speed only."""
         attention_of_rows = "flex_attention" if self.uses_flex else "segments"
         layout = self.packing.layout
-        return {"scoring": str(layout), "attention": self._plain_attention if layout.pads else attention_of_rows}
+        name = "one by one" if layout.pads and self.rows_alone else str(layout)
+        return {"scoring": name, "attention": self._plain_attention if layout.pads else attention_of_rows}
 
-    def forward(self, batch: PairBatch) -> TokenLogps:
+    def forward(self, batch: PairBatch | Tensor) -> TokenLogps | Tensor:
         """Compute log-probs of every token of both sides, masked ones included.
 
         Args:
-            batch: on the CPU, where it is laid out in rows.
+            batch: on the CPU, where it is laid out in rows; or the ids of one sequence, shape (tokens,), to get the model's
+                own logits, shape (tokens, vocabulary).
 
         Returns:
             On `device`, in the order of the batch's ragged tokens; shapes (chosen tokens,) and (rejected tokens,),
@@ -129,6 +133,10 @@ class PairScorer(nn.Module):
         Raises:
             UsageError: a row is longer than the limit of rotary frequencies that depend on other rows.
         """
+        if isinstance(batch, Tensor):
+            self._attend_for(Layout.PADDED)
+            logits: Tensor = self.model(input_ids=batch[None].to(self.device), use_cache=False).logits
+            return logits[0]
         if self.head_kind is None:
             self._attend_for(Layout.PADDED)
             self.head_kind = probe_head(self.model)
@@ -137,7 +145,10 @@ class PairScorer(nn.Module):
         self._current_row.set(rows, flex=self.uses_flex and bool(rows.segments))
         if isinstance(self.head_kind, LogitMap):
             hidden, router_loss = self._hidden_states(rows)
-            logps, collisions = token_logps(hidden, self._head(self.head_kind), rows.targets, collision=self.collision)
+            head = self._head(self.head_kind)
+            # Mamba keeps its residual stream in float32, and casts before its head.
+            hidden = hidden.to(head.weight.dtype)
+            logps, collisions = token_logps(hidden, head, rows.targets, collision=self.collision)
         else:
             logps, collisions, router_loss = self._through_own_head(rows, rows_on_cpu.scored_columns())
         self.tally.add(batch, rows)
@@ -169,23 +180,34 @@ class PairScorer(nn.Module):
 
     def _hidden_states(self, rows: TokenRows) -> tuple[Tensor, Tensor | None]:
         """States that predict the targets, shape (chosen + rejected tokens, hidden), and the router loss."""
-        if self.rotary_limit is not None and self.rotary_limit.is_exceeded(rows):
-            return self._row_by_row(rows, self.rotary_limit).flatten(0, 1)[rows.predicting], None
-        output = self.model.get_decoder()(**rows.inputs, **self._model_options)
+        if self._is_beyond_rotary_limit(rows) or (self.rows_alone and not rows.segments):
+            return self._row_by_row(rows).flatten(0, 1)[rows.predicting], None
+        output = decoder_of(self.model)(**rows.inputs, **self._model_options)
         return output.last_hidden_state.flatten(0, 1)[rows.predicting], self._router_loss(output, rows)
 
     @property
     def _model_options(self) -> dict[str, bool]:
         return {"use_cache": False} | ({"output_router_logits": True} if self.router_loss else {})
 
-    def _row_by_row(self, rows: TokenRows, limit: RotaryLimit) -> Tensor:
-        """States of each row scored alone, with the frequencies of its own length: shape (rows, width, hidden)."""
+    def _is_beyond_rotary_limit(self, rows: TokenRows) -> bool:
+        limit = self.rotary_limit
+        if limit is None or not limit.is_exceeded(rows):
+            return False
         if limit.is_dynamic or self.router_loss:
             raise UsageError(
                 f"--max-length: rows of more than {limit.tokens:,} tokens change this model's rotary frequencies for the "
                 f"rows scored with and after them. Give --max-length {limit.tokens} or less."
             )
-        decoder = self.model.get_decoder()
+        return True
+
+    def _row_by_row(self, rows: TokenRows) -> Tensor:
+        """States of each row scored alone: shape (rows, width, hidden)."""
+        if self.router_loss:
+            raise UsageError(
+                f"--router-aux-loss-coef: padding changes what {self.model.config.model_type} computes, so its rows are scored "
+                "one by one, and the router's loss of a batch is not defined. Leave the option out."
+            )
+        decoder = decoder_of(self.model)
         states = [
             decoder(input_ids=row[None, :length], use_cache=False).last_hidden_state[0]
             for row, length in zip(rows.input_ids, rows.lengths, strict=True)
@@ -217,11 +239,30 @@ class PairScorer(nn.Module):
                 f"--max-length: give {self.rotary_limit.tokens} or less; this model cannot be scored beyond."
             )
         columns, index = (transfer(tensor, self.device) for tensor in scored_columns)
+        if self.rows_alone and not rows.segments:
+            logits = [
+                self.model(input_ids=row[None, :length], use_cache=False).logits[0]
+                for row, length in zip(rows.input_ids, rows.lengths, strict=True)
+            ]
+            return *self._from_logits(
+                nn.utils.rnn.pad_sequence(logits, batch_first=True).flatten(0, 1)[rows.predicting], rows
+            ), None
         output = self.model(**rows.inputs, **self._model_options, logits_to_keep=columns)
-        scored = output.logits[rows.predicting // width, index].float()
-        log_probs = torch.log_softmax(scored, dim=-1)
+        row, num_columns = rows.predicting // width, output.logits.shape[1]
+        if num_columns == width:  # the model ignores `logits_to_keep`
+            index = rows.predicting % width
+        elif num_columns != len(columns):
+            raise UsageError(
+                f"--model: {self.model.config.model_type} returns logits of {num_columns} positions where {len(columns)} of "
+                f"{width} were asked for, so its log-probs cannot be read. It cannot be used."
+            )
+        return *self._from_logits(output.logits[row, index], rows), self._router_loss(output, rows)
+
+    def _from_logits(self, logits: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the targets and collisions, from logits of shape (targets, vocabulary)."""
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
         collisions = torch.logsumexp(2 * log_probs.detach(), dim=-1) if self.collision else None
-        return log_probs.gather(-1, rows.targets[:, None])[:, 0], collisions, self._router_loss(output, rows)
+        return log_probs.gather(-1, rows.targets[:, None])[:, 0], collisions
 
 
 def environment(device: torch.device, scorer: PairScorer | None = None) -> dict[str, str]:

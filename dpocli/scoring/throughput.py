@@ -68,7 +68,12 @@ class Throughput:
         Args:
             seconds: that the passes took.
         """
-        return self.flops() / (self._rate * seconds) if self._tally.unique and seconds else None
+        if not self._tally.unique or not seconds:
+            return None
+        try:
+            return self.flops() / (self._rate * seconds)
+        except Exception:  # a configuration without the usual names; a figure never ends the work it describes
+            return None
 
     @cached_property
     def _rate(self) -> float:
