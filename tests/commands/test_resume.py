@@ -56,6 +56,7 @@ def stopped(undisturbed: Path, tmp_path: Path) -> Path:
         (out / name).unlink(missing_ok=True)
     rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(rows[:3]))
+    replace_json(out / "status.json", lambda status: status.update(state="preempted", exit_code=75, step=2))
     best = min((row for row in metrics_of(out)[1:]), key=lambda row: row["eval/loss"])
     write_best(out, int(best["step"]), best)
     return out
