@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dpocli.config.flags import COMMANDS, Option, options_of
 from dpocli.config.hyperparameters import MODIFIERS, Hyperparameter, Need, Value
 from dpocli.config.losses import CATALOGUE, LossSpec, losses_using
+from tests.docs.loss_docs import LossDoc
 from tests.docs.pages import PAGES, Page
-from tests.loss_docs import LossDoc
 
 # losses.md
 
