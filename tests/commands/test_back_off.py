@@ -87,7 +87,7 @@ def train(cache: Path, tmp_path: Path, dpocli: Run) -> Callable[..., Any]:
     def run(out: str, *more: object) -> Any:
         return dpocli(
             "train", "--model", MODEL, "--reference", cache, "--out", tmp_path / out, "--learning-rate", "5e-4",
-            "--batch-size", 8, "--max-steps", 3, "--save-every", 1, *more,
+            "--batch-size", 8, "--max-steps", 3, *more,
         )  # fmt: skip
 
     return run
@@ -177,7 +177,7 @@ def test_the_smaller_budget_is_remembered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     failed = short_of_memory()
-    assert train("undisturbed", "--token-budget", BUDGET).code == 0
+    assert train("undisturbed", "--token-budget", BUDGET, "--save-every", 1).code == 0
     step = Trainer.step
 
     def broken_off(trainer: Trainer, number: int) -> Any:
@@ -187,9 +187,9 @@ def test_the_smaller_budget_is_remembered(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", broken_off)
-        assert train("broken", "--token-budget", BUDGET).code == 130
+        assert train("broken", "--token-budget", BUDGET, "--save-every", 1).code == 130
     failed.clear()
-    again = train("broken", "--token-budget", BUDGET)
+    again = train("broken", "--token-budget", BUDGET, "--save-every", 1)
     assert (again.code, failed) == (0, []), again.err
     assert "memory ran out" not in again.err
     assert weights(tmp_path / "broken") == weights(tmp_path / "undisturbed")
@@ -202,7 +202,7 @@ def test_a_budget_that_is_given_anew_comes_before_the_remembered_one(
 ) -> None:  # fmt: skip
     plain = Trainer.step
     short_of_memory()
-    assert train("run", "--token-budget", BUDGET).code == 0
+    assert train("run", "--token-budget", BUDGET, "--save-every", 1).code == 0
     for path in ("model", "checkpoints/step-3"):
         (tmp_path / "run" / path).rename(tmp_path / path.replace("/", "-"))
     used = []
@@ -212,7 +212,7 @@ def test_a_budget_that_is_given_anew_comes_before_the_remembered_one(
         return plain(trainer, number)
 
     monkeypatch.setattr(Trainer, "step", step)
-    assert train("run", "--token-budget", 50_000).code == 0
+    assert train("run", "--token-budget", 50_000, "--save-every", 1).code == 0
     assert used == [50_000]
 
 
