@@ -93,7 +93,8 @@ class Policy:
         self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
         """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
         self.processes = processes
-        self._has_shards = options.shards > 1
+        self.is_sharded = options.shards > 1
+        """Whether each process holds a part of every weight."""
         frozen = {parameter for parameter in scorer.parameters() if not parameter.requires_grad}
         layers = decoder_layers(scorer.model)
         shard(
@@ -102,7 +103,7 @@ class Policy:
             processes.mesh(options.shards),
             dtype=dtype,
             offload=options.cpu_offload,
-            ignored=set() if self._has_shards else frozen,  # a frozen model that fits has nothing to exchange
+            ignored=set() if self.is_sharded else frozen,  # a frozen model that fits has nothing to exchange
         )
         if scorer.is_blank:
             assert files
@@ -152,10 +153,10 @@ class Policy:
     def reduce_gradients_on_backward(self, now: bool) -> None:
         """Between replicas, gradients travel once a step, with its last micro-batch; between shards with every one."""
         assert isinstance(self.scorer, FSDPModule)
-        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1 or self._has_shards)
+        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1 or self.is_sharded)
         self.scorer.set_requires_all_reduce(now)
         # Between micro-batches the weights stay as they are, so where it is whole the copy that computes stays too.
-        self.scorer.set_reshard_after_backward(now or self._has_shards)
+        self.scorer.set_reshard_after_backward(now or self.is_sharded)
 
     def num_parameters(self) -> int:
         """Trainable ones."""
@@ -186,7 +187,7 @@ class Policy:
         self.reduce_gradients_on_backward(True)
         loss.backward()  # type: ignore[no-untyped-call]
         found = (parameter.grad for parameter in self._outer_layers)
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found if grad is not None]
+        local = [local_part(grad) for grad in found if grad is not None]
         flat = torch.cat([grad.detach().float().flatten() for grad in local]).cpu()
         self.scorer.zero_grad()
         return flat
@@ -203,3 +204,8 @@ class Policy:
             if self.processes.is_first:
                 full[name] = value.detach().cpu().clone()
         return full
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
