@@ -1,13 +1,14 @@
 """The app: three thin commands, and the one place where errors become exit codes.
 
-Nothing heavy is imported before a command runs, so that `--help` answers at once.
+Nothing heavy is imported before a command runs, so that `--help` takes a third of a second.
 """
 
 import difflib
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -44,9 +45,9 @@ def _dpocli(version: Annotated[bool, typer.Option("--version", help="Print the v
 
 
 def _command(model: type[OptionsModel]) -> Callable[[Callable[[OptionsModel, Console], None]], None]:
-    """Make a Typer command of a function of options and terminal; its flags are the fields of `model`.
+    """Register a function of options and console as a Typer command; its flags are the fields of `model`.
 
-    Typer parses and hands back the work, which is done outside of it: it would make its own of Ctrl-C and broken pipes.
+    Typer parses and returns the work, which runs outside of it: Typer has its own handling of Ctrl-C and broken pipes.
     """
 
     def declare(function: Callable[[OptionsModel, Console], None]) -> None:
@@ -93,7 +94,7 @@ def main(early_stop: EarlyStop | None = None) -> NoReturn:
 
 
 def run_command_line(arguments: Sequence[str], early_stop: EarlyStop | None = None) -> int:
-    """Do what the command line says; every error ends here and becomes an exit code."""
+    """Run a command line. Every error ends here and becomes an exit code."""
     try:
         with early_stop or nullcontext():
             work = app(checked(arguments or ["--help"]), prog_name="dpocli", standalone_mode=False)
@@ -109,7 +110,7 @@ def run_command_line(arguments: Sequence[str], early_stop: EarlyStop | None = No
 
 
 def _is_broken_pipe(error: BaseException) -> bool:
-    """Whether nobody reads any more (`dpocli --help | head`); rich makes a SystemExit of it."""
+    """Whether the reader of the output has closed it (`dpocli --help | head`); rich raises SystemExit then."""
     return isinstance(error.__context__ if isinstance(error, SystemExit) else error, BrokenPipeError)
 
 
@@ -128,9 +129,9 @@ def _report(error: BaseException, arguments: Sequence[str]) -> int:
 
 
 def _record_early_failure(outcome: Outcome, arguments: Sequence[str], rank: int) -> None:
-    """Replace what an earlier run left in `OUT/status.json`, when this one failed before it came to its directory.
+    """Record in `OUT/status.json` that a start failed before it opened its directory.
 
-    Else a script that requeues while the state is "preempted" would do so for ever over a misspelled flag.
+    A script that requeues while the state is "preempted" would else requeue for ever over a misspelled flag.
     """
     if any(argument.partition("=")[0] in ("--dry-run", "--verify") for argument in arguments):
         return  # they only look
@@ -157,9 +158,12 @@ def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
 
 
 def checked(arguments: Sequence[str]) -> list[str]:
-    """The command line with every name known, dashes for underscores, and `--flag=value` throughout.
+    """Normalize a command line for Typer: known names only, dashes for underscores, `--flag=value` throughout.
 
-    Typer's own parser comes after this, so that what is wrong is said in our words and exit code 2 is ours.
+    Errors are found here, all at once, so that their wording and exit code 2 do not depend on Typer.
+
+    Raises:
+        UsageError: an unknown command, or unknown or incomplete flags, a line each.
     """
     command = arguments[0]
     if command in ("--help", "-h", "--version"):
@@ -173,25 +177,33 @@ def checked(arguments: Sequence[str]) -> list[str]:
     return [command, *_checked_flags(COMMANDS[command], arguments[1:])]
 
 
-def _checked_flags(model: type[Options], arguments: Sequence[str]) -> Iterator[str]:
-    options = options_of(model)
-    switches = {flag for option in options if option.is_switch for flag in option.flags} | {"--help", "-h"}
-    with_value = {option.flag for option in options if not option.is_switch} | {"--config"}
-    remaining = iter(arguments)
-    for argument in remaining:
+def _checked_flags(model: type[Options], arguments: Sequence[str]) -> list[str]:
+    """The flags of a command as `--flag=value`. Errors as for `checked`."""
+    options = {flag: option for option in options_of(model) for flag in option.flags}
+    flags: list[str] = []
+    problems: list[str] = []
+    remaining = deque(arguments)
+    while remaining:
+        argument = remaining.popleft()
         name, equals, value = argument.partition("=")
         flag = name.replace("_", "-")
-        if flag in switches:
+        if flag in ("--help", "-h"):
+            flags.append(flag)
+        elif flag in options and options[flag].is_switch:
             if equals:
-                raise UsageError(f"{flag}: takes no value; write {flag} or leave it out.")
-            yield flag
-        elif flag in with_value:
-            if not equals:
-                value = next(remaining, "--")
-                if value.startswith("--"):
-                    raise UsageError(f"{flag}: needs a value ({flag}=VALUE if it begins with dashes).")
-            yield f"{flag}={value}"
+                problems.append(f"{flag}: takes no value; write {flag} or leave it out.")
+            flags.append(f"{options[flag].flag}={str(flag == options[flag].flag).lower()}")
+        elif flag in options or flag == "--config":
+            if not equals and (not remaining or remaining[0].startswith("--")):
+                problems.append(f"{flag}: needs a value ({flag}=VALUE if it begins with dashes).")
+            else:
+                flags.append(f"{flag}={value if equals else remaining.popleft()}")
         elif name.startswith("-"):
-            raise UsageError(f"{name}: {explain_unknown(name, model)}")
+            problems.append(f"{name}: {explain_unknown(name, model)}")
+            if not equals and remaining and not remaining[0].startswith("-"):
+                remaining.popleft()  # its value
         else:
-            raise UsageError(f"{argument}: belongs to no option; one that takes several values is repeated.")
+            problems.append(f"{argument}: belongs to no option; one that takes several values is repeated.")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return flags

@@ -57,13 +57,13 @@ def dpocli(*arguments, **how):
 def test_each_command_gets_its_options(commands, command):
     assert run_command_line([command, "--model", "m", "--out", "o", "--data", "d", "--data", "e,f"]) == 0
     assert type(commands.options) is COMMANDS[command]
-    assert commands.options.data == ["d", "e,f"]
+    assert commands.options.data.files == ["d", "e,f"]
 
 
 @pytest.mark.parametrize("spelling", [["--batch-size", "8"], ["--batch_size", "8"], ["--batch_size=8"]])
 def test_underscores_are_dashes_in_names(commands, spelling):
     assert run_command_line([*TRAIN, *spelling]) == 0
-    assert commands.options.batch_size == 8
+    assert commands.options.optimizer.batch_size == 8
 
 
 def test_values_are_left_as_they_stand(commands):
@@ -72,14 +72,18 @@ def test_values_are_left_as_they_stand(commands):
         == errors.ExitCode.USAGE
     )
     assert run_command_line(["precompute", "--model", "a_b=c", "--out=--x_y", "--data", "-p"]) == 0
-    assert (commands.options.model, str(commands.options.out), commands.options.data) == ("a_b=c", "--x_y", ["-p"])
+    assert (commands.options.model.name, str(commands.options.out), commands.options.data.files) == (
+        "a_b=c",
+        "--x_y",
+        ["-p"],
+    )
 
 
 def test_switches_are_pairs(commands, tmp_path):
     config = tmp_path / "c.yaml"
     config.write_text("model_dropout: true\ngradient_checkpointing: true\n")
     assert run_command_line([*TRAIN, "--config", str(config), "--no-model-dropout"]) == 0
-    assert (commands.options.model_dropout, commands.options.gradient_checkpointing) == (False, True)
+    assert (commands.options.policy.model_dropout, commands.options.policy.gradient_checkpointing) == (False, True)
 
 
 def test_json_and_rank_reach_the_terminal(commands, capsys, monkeypatch):

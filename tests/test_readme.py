@@ -23,7 +23,7 @@ from dpocli import __version__
 from dpocli.cache.schema import SMALL_COLUMNS, TOKEN_COLUMNS
 from dpocli.cli import run_command_line
 from dpocli.config.commands import PrecomputeOptions, TrainOptions
-from dpocli.config.flags import COMMANDS, options_of
+from dpocli.config.flags import COMMANDS, build_options, options_of
 from dpocli.config.gates import ALIASES
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import LossOptions
@@ -147,7 +147,7 @@ def test_the_tutorial_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_examples_of_rows_are_read():
-    options = PrecomputeOptions(model="m", out="o", data=["d"])
+    options = build_options(PrecomputeOptions, model="m", out="o", data=["d"])
     examples = table("Rows")
     assert len(examples) == 7
     for form, example in examples:

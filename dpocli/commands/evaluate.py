@@ -62,7 +62,7 @@ def run(options: EvaluateOptions, console: Console) -> None:
         for model, each in zip(models, inputs, strict=True):
             first = stores[0] if stores else None
             reads_the_same = first is not None and options.reference is not None
-            scratch = options.scratch or options.out
+            scratch = options.data.scratch or options.out
             stores.append(first if first and reads_the_same else each.pairs(scratch, processes, console, beside=first))
             for loss in model.losses.values():
                 check_weights(loss, [PairView(stores[-1], np.arange(len(stores[-1])))])
@@ -129,8 +129,8 @@ class EvaluateJob:
         dtype = _dtype(self.options, self.store, self.processes.device)
         needs = {need for loss in losses.values() for need in loss.needs}
         wanted = LogpColumns.by(needs, has_reference=self.store.has_reference)
-        team = self.processes.team(self.options.shards)
-        budget = token_budget(self.options.token_budget, self.processes.device)
+        team = self.processes.team(self.options.loading.shards)
+        budget = token_budget(self.options.scoring.token_budget, self.processes.device)
         scorer = frozen_scorer(model.files, model.options, dtype, team, budget, collision=wanted.collision)
         scored, throughput = self._scored(scorer, wanted)
         noise = _noise(dtype, self.store, losses.values())
@@ -153,16 +153,16 @@ class EvaluateJob:
     def _scored(self, scorer: PairScorer, wanted: LogpColumns) -> tuple[ScoredPairs, dict[str, Any]]:
         options, store, processes = self.options, self.store, self.processes
         tried = sample(scorer, [PairView(store, np.arange(len(store)))], seed=0)
-        choose_layout(scorer, tried, options.scoring, processes, self.console.say)
+        choose_layout(scorer, tried, options.scoring.layout, processes, self.console.say)
         throughput = Throughput(scorer)
-        what = "evaluate" if len(options.model) == 1 else f"evaluate {self.model.name}"
+        what = "evaluate" if len(options.models) == 1 else f"evaluate {self.model.name}"
         with self.console.progress(len(store), what) as progress, throughput.clock():
             parts = list(_scored(scorer, wanted, store, processes, progress, self.check_stop, options.slice_by))
         return ScoredPairs.init_processes(processes.gather(parts)), throughput.summary()
 
 
 def _dtype(options: EvaluateOptions, store: PairStore, device: torch.device) -> torch.dtype:
-    return pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
+    return pick_dtype(options.loading.dtype, device, recorded=store.fingerprint.dtype)
 
 
 def _noise(dtype: torch.dtype, store: PairStore, losses: Iterable[LossChoice]) -> float:

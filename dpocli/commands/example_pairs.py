@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dpocli.cache.reader import PairStore
 from dpocli.cache.view import PairView
 from dpocli.config.commands import EvaluateOptions
+from dpocli.config.flags import given_keys, values_of
 from dpocli.console.console import Console
 from dpocli.console.progress import Nothing, Progress
 from dpocli.data.detokenize import decoded, token_texts
@@ -75,7 +76,8 @@ def write_page(
     Raises:
         DpoError: no room is left, or the like.
     """
-    given = options.model_dump(mode="json", include=options.model_fields_set)
+    values = values_of(options)
+    given = {key: values[key] for key in given_keys(options)}
     try:
         write_html_report(
             options.out, report, table, shown, {"Options given": given, "Reference cache": facts_of_cache(store)}

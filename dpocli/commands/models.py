@@ -32,7 +32,7 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return self.options.model
+        return self.options.name
 
     @property
     def states(self) -> dict[str, States]:
@@ -58,7 +58,7 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
     Raises:
         UsageError: one is no model, or a loss cannot be had.
     """
-    located = [(each, resolve_model(each, checkpoints=True)) for each in map(options.of_model, options.model)]
+    located = [(each, resolve_model(each, checkpoints=True)) for each in map(options.of_model, options.models)]
     provenances = [Provenance.of(files.checkpoint or files.adapter or files.directory) for _, files in located]
     judged_by = next((provenance.loss for provenance in provenances if provenance.loss), None)
     return [
@@ -67,8 +67,8 @@ def candidates(options: EvaluateOptions) -> list[Candidate]:
             files=replace(files, quantization=files.quantization or provenance.quantization),
             provenance=provenance,
             tokenizer=load_tokenizer(files, each),
-            losses=named(options.loss_choices(provenance.loss or judged_by)),
-            training=training_of(files.checkpoint or Path(each.model).expanduser()),
+            losses=named(options.loss.loss_choices(provenance.loss or judged_by)),
+            training=training_of(files.checkpoint or Path(each.name).expanduser()),
         )
         for (each, files), provenance in zip(located, provenances, strict=True)
     ]

@@ -14,7 +14,7 @@ from dpocli.cache.view import PairView
 from dpocli.cache.writer import CacheWriter
 from dpocli.commands.encoding import TileEncoder, judge_skips, types_of_kept, writing_behind
 from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
-from dpocli.config.flags import options_of
+from dpocli.config.flags import given_keys, options_of, values_of
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.losses import CATALOGUE
 from dpocli.console.console import Console
@@ -58,12 +58,12 @@ class Inputs:
         """
         reference = _open_cache(options.reference, losses, tokenizer, console) if options.reference else None
         held_out = None
-        if isinstance(options, TrainOptions) and options.eval_reference:
-            held_out = _open_cache(options.eval_reference, losses, tokenizer, console)
+        if isinstance(options, TrainOptions) and options.held_out.reference:
+            held_out = _open_cache(options.held_out.reference, losses, tokenizer, console)
             _refuse_empty(held_out)
             if reference is not None and reference.has_reference:
                 reference.check_same_reference(held_out)
-        rows = open_rows(options) if reference is None else None
+        rows = open_rows(options.data) if reference is None else None
         return cls(options, tokenizer, reference, rows, held_out)
 
     def pairs(
@@ -101,7 +101,7 @@ def check_inputs(
     check_out(options.out, "train" if isinstance(options, TrainOptions) else "evaluate")
     if options.reference:
         return
-    if not options.data:
+    if not options.data.files:
         raise UsageError("--reference: missing. Give the reference cache that `dpocli precompute` wrote.")
     if needing := [loss.label for loss in losses if loss.needs_reference]:
         free = ", ".join(spec.name for spec in CATALOGUE.values() if not spec.needs_reference)
@@ -130,7 +130,7 @@ def fingerprint_of_rows(
 ) -> Fingerprint:
     """Of the pairs that the rows of `--data` become, without encoding them."""
     return build_fingerprint(
-        options, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
+        options.data, tokenizer=tokenizer, content=rows.content, total_rows=rows.num_rows, rows_per_part=ROWS_PER_PART
     )
 
 
@@ -139,13 +139,16 @@ def precompute_line(options: TrainOptions | EvaluateOptions, trained_from: str |
 
     A model that dpocli trained is compared with the one that it was trained from.
     """
-    values = options.model_dump(mode="json")
-    values["model"] = trained_from or (options.model[0] if isinstance(options, EvaluateOptions) else options.model)
+    values, given = values_of(options), given_keys(options)
+    values["out"] = "reference/"
+    values["model"] = trained_from or (
+        options.models[0] if isinstance(options, EvaluateOptions) else options.model.name
+    )
     words = ["dpocli", "precompute"]
     for option in options_of(PrecomputeOptions):
-        value = "reference/" if option.field == "out" else values.get(option.field)
-        if option.field not in options.model_fields_set or option.field in (
-            "as_json",
+        value = values.get(option.key)
+        if option.key not in given or option.key in (
+            "json",
             "dry_run",
             "scratch",
             "scoring",
@@ -193,17 +196,17 @@ def _encoded(
     if beside is not None and beside.fingerprint.digest == fingerprint.digest:
         return beside
     # A scratch directory may be shared by runs on other rows: there, each set of pairs has a name of its own.
-    needs_name = options.scratch or beside is not None
+    needs_name = options.data.scratch or beside is not None
     directory = scratch / (f"pairs-{fingerprint.digest[:16]}" if needs_name else "pairs")
-    kept = types_of_kept(rows, options.keep_columns)
+    kept = types_of_kept(rows, options.data.keep_columns)
     writer = CacheWriter(directory, fingerprint, rows.num_rows, ROWS_PER_PART, kept, say=console.warn)
     writer.check()
-    tiles = TileEncoder(rows, Encoder(tokenizer, options), options, console)
+    tiles = TileEncoder(rows, Encoder(tokenizer, options.data), options.data, console)
     missing = writer.missing(processes.rank, processes.count)
     with writing_behind(writer) as parts, closing(tiles.encode(missing)) as encoded:
         for tile in encoded:
             parts.write(*tile)
     processes.wait()
     store = PairStore.open(directory)
-    judge_skips(store.skipped, store.num_rows, options.max_skipped)
+    judge_skips(store.skipped, store.num_rows, options.data.max_skipped)
     return store

@@ -53,10 +53,19 @@ class PrecomputeJob:
     @classmethod
     def of(cls, options: PrecomputeOptions, console: Console, everyone: Processes) -> "PrecomputeJob":
         device = everyone.device
-        dtype = pick_dtype(options.dtype, device, recorded=recorded_dtype(options.out))
-        model = resolve_model(options)
-        tokenizer = load_tokenizer(model, options)
-        job = cls(options, console, device, dtype, model, tokenizer, open_rows(options), everyone.team(options.shards))
+        dtype = pick_dtype(options.model.dtype, device, recorded=recorded_dtype(options.out))
+        model = resolve_model(options.model)
+        tokenizer = load_tokenizer(model, options.model)
+        job = cls(
+            options,
+            console,
+            device,
+            dtype,
+            model,
+            tokenizer,
+            open_rows(options.data),
+            everyone.team(options.model.shards),
+        )
         check_out(options.out, "precompute")
         return job
 
@@ -64,7 +73,7 @@ class PrecomputeJob:
         """Of the cache; nothing of it is opened yet."""
         options = self.options
         fingerprint = build_fingerprint(
-            options,
+            options.data,
             tokenizer=self.tokenizer,
             content=self.rows.content,
             total_rows=self.rows.num_rows,
@@ -74,7 +83,7 @@ class PrecomputeJob:
             information=environment(self.device),
             hash_memory=HashMemory(options.out / HASH_MEMORY_NAME, is_kept=not (options.dry_run or options.verify)),
         )
-        kept = types_of_kept(self.rows, options.keep_columns)
+        kept = types_of_kept(self.rows, options.data.keep_columns)
         say = self.console.warn
         return CacheWriter(options.out, fingerprint, self.rows.num_rows, options.rows_per_part, kept, say=say)
 
@@ -98,7 +107,7 @@ def run(options: PrecomputeOptions, console: Console) -> None:
     device = pick_device(options.device, options.launcher)
     # Processes that do not share a model need not know of each other.
     apart = nullcontext(Processes(0, 1, device))
-    with init_processes(device, options.launcher) if options.shards > 1 else apart as everyone:
+    with init_processes(device, options.launcher) if options.model.shards > 1 else apart as everyone:
         job = PrecomputeJob.of(options, console, everyone)
         if not (options.verify or options.dry_run):
             return _fill(job)
@@ -117,7 +126,9 @@ def _fill(job: PrecomputeJob) -> None:
         out = stack.enter_context(
             RunDirectory(options.out, "precompute", rank=rank, shard=options.shard, companions=True, say=console.say)
         )
-        console.say(f"{job.rows.num_rows:,} rows; reference {options.model} in {dtype_name(job.dtype)} on {job.device}")
+        console.say(
+            f"{job.rows.num_rows:,} rows; reference {options.model.name} in {dtype_name(job.dtype)} on {job.device}"
+        )
         writer = job.writer()  # hashes the model; until here there is nothing to save, and a signal ends it at once
         writer.check()
         reference = job.reference(writer)
@@ -136,7 +147,7 @@ def _fill(job: PrecomputeJob) -> None:
             missing = missing[start:] + missing[:start]
             console.say("Another process is filling this cache too; parts that it writes meanwhile are left out.")
         missing = job.team.from_first(missing)
-        tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options), options, console)
+        tiles = TileEncoder(job.rows, Encoder(job.tokenizer, options.data), options.data, console)
 
         with (
             console.progress(sum(tile.num_rows for tile in missing), "precompute") as progress,
@@ -164,7 +175,7 @@ def _fill(job: PrecomputeJob) -> None:
                 f"Memory ran out in {splits:,} {'pass' if splits == 1 else 'passes'}, made in two instead: the values are the "
                 "same. A smaller --token-budget saves that time."
             )
-        judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.max_skipped)
+        judge_skips(Counter(summary["skipped"]), job.rows.num_rows, options.data.max_skipped)
         if summary["complete"] and summary["pairs"]:
             summary["triage"] = triage(PairStore.open(options.out, first=writer.tiles[0].file_name)).to_json()
         # Whoever writes the last part has the last word, whether it is the first process or not.
@@ -185,10 +196,10 @@ def _estimate(job: PrecomputeJob) -> None:
     writer = job.writer()
     writer.check_parts()
     left = sum(tile.num_rows for tile in job.missing(writer))
-    encoder = Encoder(job.tokenizer, job.options)
+    encoder = Encoder(job.tokenizer, job.options.data)
     with job.console.progress(None, "probe") as progress:
         figures = precompute_estimate.estimate(
-            job.rows, encoder, job.options, writer, job.reference(writer), left, progress
+            job.rows, encoder, job.options.data, writer, job.reference(writer), left, progress
         )
     job.console.result(figures, lambda printer: precompute_estimate.render(printer, figures))
     if figures["stops"]:

@@ -110,8 +110,8 @@ class Reference:
 
     @cached_property
     def _scorer(self) -> PairScorer:
-        budget = token_budget(self._options.token_budget, self._team.device)
-        return frozen_scorer(self._files, self._options, self._dtype, self._team, budget)
+        budget = token_budget(self._options.scoring.token_budget, self._team.device)
+        return frozen_scorer(self._files, self._options.model, self._dtype, self._team, budget)
 
     @cached_property
     def _throughput(self) -> Throughput:
@@ -125,6 +125,8 @@ class Reference:
         is_first_beyond = window and self._longest_tried <= window < longest
         if self._longest_tried and not (reaches_further or is_first_beyond):
             return
-        choose_layout(self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring, self._team, self._say)
+        choose_layout(
+            self._scorer, sample(self._scorer, [tile], seed=0), self._options.scoring.layout, self._team, self._say
+        )
         self._longest_tried = longest
         self._inform(environment(self._team.device, self._scorer))

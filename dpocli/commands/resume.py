@@ -8,6 +8,7 @@ from typing import Any
 from dpocli.cache.reader import PairStore
 from dpocli.commands.pairs import fingerprint_of_rows
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import options_of
 from dpocli.config.options import NUMBERS_OF_LOSSES
 from dpocli.config.parsing import load_options
 from dpocli.data.sources import open_rows
@@ -19,7 +20,7 @@ from dpocli.run.files import read_json
 
 NEUTRAL = frozenset(
     {
-        *("out", "as_json", "device", "launcher", "shards", "cpu_offload", "scratch", "track", "dry_run"),
+        *("out", "json", "device", "launcher", "shards", "cpu_offload", "scratch", "track", "dry_run"),
         *("scoring", "token_budget", "gradient_checkpointing", "step0_tolerance"),
         *("data", "reference", "eval_reference"),
         *("max_minutes", "grace_seconds", "log_every", "save_every", "keep_last", "eval_every"),
@@ -44,8 +45,8 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
             f"--out {options.out}: its config.yaml is not that of a training run ({error}) Give another directory."
         ) from None
     before, now = _values(earlier), _values(options)
-    if options.keep_best or options.early_stopping:  # then it matters when the policy is evaluated
-        before, now = before | {"eval_every": earlier.eval_every}, now | {"eval_every": options.eval_every}
+    if options.held_out.keep_best or options.held_out.early_stopping:  # then it matters when the policy is evaluated
+        before, now = before | {"eval_every": earlier.held_out.every}, now | {"eval_every": options.held_out.every}
     differing = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
     if differing:
         raise UsageError(
@@ -67,15 +68,15 @@ def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model:
     memory = HashMemory(None if options.dry_run else options.out / HASH_MEMORY_NAME)
     identity = model.identity(memory)
     if identity.weights_digest != summary.get("policy_weights"):
-        found.append(f"the weights of --model {options.model}")
+        found.append(f"the weights of --model {options.model.name}")
     settings = identity.settings_digest(model)
     if summary.get("policy_settings", settings) != settings:  # an earlier version wrote no such thing
-        found.append(f"the configuration of --model {options.model}")
+        found.append(f"the configuration of --model {options.model.name}")
     digest = _pairs_digest(options, model)
     if summary.get("pairs_digest") != digest if digest else summary.get("inputs") != inputs_of(options):
         found.append(f"the pairs of {', '.join(inputs_of(options))}")
-    if options.eval_reference and not _has_same_held_out(options.eval_reference, summary):
-        found.append(f"the held-out pairs of {options.eval_reference}")
+    if options.held_out.reference and not _has_same_held_out(options.held_out.reference, summary):
+        found.append(f"the held-out pairs of {options.held_out.reference}")
     if found:
         raise UsageError(
             f"--out {options.out}: it holds a finished run, and {' and '.join(found)} are others than it was made with. Give "
@@ -97,15 +98,15 @@ def _pairs_digest(options: TrainOptions, model: ModelFiles) -> str | None:
     if options.reference:
         return PairStore.open(options.reference).fingerprint.digest if options.reference.is_dir() else None
     try:
-        rows = open_rows(options)
+        rows = open_rows(options.data)
     except UsageError:
         return None
-    return fingerprint_of_rows(options, load_tokenizer(model, options), rows).digest
+    return fingerprint_of_rows(options, load_tokenizer(model, options.model), rows).digest
 
 
 def inputs_of(options: TrainOptions) -> list[str]:
     """Where the training pairs come from, as the summary remembers it."""
-    return [str(options.reference)] if options.reference else list(options.data)
+    return [str(options.reference)] if options.reference else list(options.data.files)
 
 
 def run_digest(options: TrainOptions, store: PairStore) -> str:
@@ -115,11 +116,11 @@ def run_digest(options: TrainOptions, store: PairStore) -> str:
 
 def _values(options: TrainOptions) -> dict[str, Any]:
     """What decides the run, with defaults filled in, so that saying a default is not another setting."""
-    values = {name: getattr(options, name) for name in TrainOptions.model_fields if name not in NEUTRAL}
-    model = os.path.expanduser(options.model)
+    values = {option.key: option.value_of(options) for option in options_of(TrainOptions) if option.key not in NEUTRAL}
+    model = os.path.expanduser(options.model.name)
     # One place may have several names, and a name on the hub has no place.
-    values |= {"model": os.path.realpath(model) if os.path.exists(model) else os.path.normpath(options.model)}
+    values |= {"model": os.path.realpath(model) if os.path.exists(model) else os.path.normpath(options.model.name)}
     values |= {"loss": str(options.loss_choice())}
     # Whether there is one; its content is compared where it is known.
-    values |= {"eval_reference": "a cache" if options.eval_reference else None}
+    values |= {"eval_reference": "a cache" if options.held_out.reference else None}
     return {name: value for name, value in values.items() if name not in NUMBERS_OF_LOSSES}

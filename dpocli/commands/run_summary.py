@@ -10,6 +10,7 @@ import numpy as np
 
 from dpocli.cache.view import PairView
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import values_of
 from dpocli.console.console import Printer
 from dpocli.model.load import dtype_name
 from dpocli.scoring.scorer import environment
@@ -37,12 +38,12 @@ def facts(trainer: Trainer, rows: MetricRows, steps: int, model_step: int) -> di
     seconds = account.seconds("training")
     pairs, tokens = _processed(trainer.schedule, trainer.view, steps)
     found = evaluations(rows)
-    top = best([evaluation for evaluation in found if evaluation.step], options.keep_best or "loss")
+    top = best([evaluation for evaluation in found if evaluation.step], options.held_out.keep_best or "loss")
     return {
         "steps": steps,
         "model_step": model_step,
         "stopped_early": steps < trainer.schedule.num_steps,
-        "best": {"by": options.keep_best or "loss"} | asdict(top) if top else None,
+        "best": {"by": options.held_out.keep_best or "loss"} | asdict(top) if top else None,
         "warnings": [asdict(warning) for warning in run_warnings(trainer, rows, found)],
         "truncated_share": round(float(_truncated(trainer.view).mean()), 4),
         "options": _resolved(trainer),
@@ -77,7 +78,7 @@ def truncation_warning(training: PairView) -> RunWarning | None:
 
 def _no_better(trainer: Trainer, found: Sequence[Evaluation]) -> list[RunWarning]:
     """Where the untrained policy was the best of all, which cannot be kept: it is --model."""
-    by = trainer.options.keep_best
+    by = trainer.options.held_out.keep_best
     if by is None or len(found) < 2 or best(found, by) != found[0] or found[0].step != 0:
         return []
     text = (
@@ -107,7 +108,7 @@ def _processed(schedule: Schedule, view: PairView, steps: int) -> tuple[int, int
 
 def _resolved(trainer: Trainer) -> dict[str, Any]:
     """The options, with what stood for "choose for me" filled in."""
-    return trainer.options.model_dump(mode="json", by_alias=True) | {
+    return values_of(trainer.options) | {
         "loss": str(trainer.loss),
         "beta": trainer.loss.ranked_by.beta,
         "batch_size": trainer.schedule.batch_size,
@@ -133,5 +134,7 @@ def render(printer: Printer, summary: Mapping[str, Any], options: TrainOptions) 
         ["", "last step", "held-out before", "held-out"],
         rows,
     )
-    if options.keep_best:
-        printer.say(f"It is the best by held-out {options.keep_best} of the {summary['steps']:,} steps that were done.")
+    if options.held_out.keep_best:
+        printer.say(
+            f"It is the best by held-out {options.held_out.keep_best} of the {summary['steps']:,} steps that were done."
+        )

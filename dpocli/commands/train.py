@@ -57,21 +57,21 @@ def _run(options: TrainOptions, console: Console) -> None:
     loss = options.loss_choice()
     check_inputs(options, [loss])
     device = pick_device(options.device, options.launcher)
-    files = resolve_model(options)
+    files = resolve_model(options.model, trains=True)
     options = options.for_model(is_adapter=files.adapter is not None)
     if finished := finished_summary(options):
         check_same_content(options, finished, files)
         console.result(finished, lambda printer: printer.say(f"{options.out}: finished already; nothing to do."))
         return
-    tokenizer = load_tokenizer(files, options)
+    tokenizer = load_tokenizer(files, options.model)
     check_trackers(options)
     inputs = Inputs.open(options, [loss], tokenizer, console)
     with ExitStack() as stack:
         processes = stack.enter_context(init_processes(device, options.launcher, even_alone=True))
         out = RunDirectory(options.out, "train", rank=processes.rank, say=console.say)
-        scratch, checkpoints = options.scratch or options.out, options.out / "checkpoints"
+        scratch, checkpoints = options.data.scratch or options.out, options.out / "checkpoints"
         if options.dry_run:
-            own = Path(stack.enter_context(TemporaryDirectory(dir=options.scratch)))
+            own = Path(stack.enter_context(TemporaryDirectory(dir=options.data.scratch)))
             scratch = processes.from_first(own)
         else:
             newest = latest(checkpoints)
@@ -89,11 +89,11 @@ def _run(options: TrainOptions, console: Console) -> None:
             choose_layout(
                 policy.scorer,
                 sample(policy.scorer, [view for view in (training, held_out) if view], options.seed),
-                options.scoring,
+                options.scoring.layout,
                 processes,
                 console.say,
                 policy.outer_gradient,
-                dropout=options.model_dropout,
+                dropout=options.policy.model_dropout,
             )
         set_token_budget(policy, training, options, Device.of(device))
         optimizer = make_optimizer(policy, options)
@@ -136,7 +136,7 @@ def _run(options: TrainOptions, console: Console) -> None:
         if steps < schedule.num_steps:
             console.say(
                 f"Stopped early after step {steps} of {schedule.num_steps}: the held-out loss has not improved for "
-                f"{options.early_stopping} evaluations."
+                f"{options.held_out.early_stopping} evaluations."
             )
         summary = finish(options, loss, out, trainer, tokenizer, files, steps, console)
         if text := no_better_warning(summary):
@@ -151,22 +151,22 @@ def split_pairs(
     everything = np.arange(len(store))
     if held_out_store:
         return PairView(store, everything), PairView(held_out_store, np.arange(len(held_out_store)))
-    if not options.eval_fraction:
+    if not options.held_out.fraction:
         return PairView(store, everything), None
     # The hash decides, not a draw: the same prompt is held out in every run, whatever the order of the data.
-    held_out = store.columns.prompt_hashes / 2.0**64 < options.eval_fraction
+    held_out = store.columns.prompt_hashes / 2.0**64 < options.held_out.fraction
     if not held_out.any() or held_out.all():
         raise UsageError(
-            f"--eval-fraction {options.eval_fraction}: that leaves {int(held_out.sum())} of {len(store)} pairs held out. "
+            f"--eval-fraction {options.held_out.fraction}: that leaves {int(held_out.sum())} of {len(store)} pairs held out. "
             "Choose another fraction, or give --eval-reference."
         )
     return PairView(store, everything[~held_out]), PairView(store, everything[held_out])
 
 
 def _training_dtype(options: TrainOptions, store: PairStore, device: torch.device) -> torch.dtype:
-    dtype = pick_dtype(options.dtype, device, recorded=store.fingerprint.dtype)
+    dtype = pick_dtype(options.model.dtype, device, recorded=store.fingerprint.dtype)
     if dtype == torch.float16:
-        found = "--dtype float16" if options.dtype else f"{store.directory} was scored in float16"
+        found = "--dtype float16" if options.model.dtype else f"{store.directory} was scored in float16"
         raise UsageError(
             f"{found}: in training, gradients vanish in its narrow range. Give --dtype bfloat16 or --dtype float32."
         )
@@ -176,7 +176,7 @@ def _training_dtype(options: TrainOptions, store: PairStore, device: torch.devic
 def _provenance(options: TrainOptions, loss: LossChoice, files: ModelFiles, store: PairStore) -> Provenance:
     return Provenance(
         loss=loss,
-        trained_from=options.model,
+        trained_from=options.model.name,
         quantization=files.quantization,
         reference_digest=store.fingerprint.reference_digest if store.has_reference else None,
         run=run_digest(options, store),

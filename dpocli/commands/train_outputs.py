@@ -35,7 +35,7 @@ def finish(
 ) -> dict[str, Any]:
     """The model (with --keep-best, of the best step), the curves and the summary."""
     policy, checkpoints, model_step = trainer.policy, options.out / "checkpoints", steps
-    if options.keep_best and (kept := agreed_best_step(checkpoints, policy.processes)) is not None:
+    if options.held_out.keep_best and (kept := agreed_best_step(checkpoints, policy.processes)) is not None:
         model_step = kept
         _go_back(trainer, checkpoints, kept, out, options)
     weights = policy.weights()
@@ -70,14 +70,14 @@ def finish(
     } | facts(trainer, rows, steps, model_step)
     if policy.processes.is_first:
         provenance = trainer.provenance(model_step)
-        dtype = getattr(torch, options.save_dtype) if options.save_dtype else None
+        dtype = getattr(torch, options.policy.save_dtype) if options.policy.save_dtype else None
         directory = options.out / "model"
         if policy.adapter:
             save_adapter(directory, policy.adapter, files, weights, tokenizer, dtype or torch.float32, provenance)
-            if options.merge:
-                merge(options.out / "merged", files, directory, options, tokenizer, provenance)
+            if options.lora.merge:
+                merge(options.out / "merged", files, directory, options.model, tokenizer, provenance)
         else:
-            dtype = dtype or source_dtype(files, options)
+            dtype = dtype or source_dtype(files, options.model)
             save_model(
                 directory,
                 policy.scorer.model,
@@ -111,14 +111,14 @@ def _go_back(trainer: Trainer, checkpoints: Path, step: int, out: RunDirectory, 
             for found in evaluations(out.metrics.rows())
             if found.step != step and (checkpoints / f"step-{found.step}").is_dir()
         ]
-        assert options.keep_best
-        following = best(left, options.keep_best)
+        assert options.held_out.keep_best
+        following = best(left, options.held_out.keep_best)
         taken = (
             f"the next best of those that are left, step-{following.step}, then becomes OUT/model"
             if following
             else "the policy after the last step then becomes OUT/model, since none of those that are left was evaluated"
         )
         raise UsageError(
-            f"{error.why} It is that of the best step by held-out {options.keep_best}. Put a copy of it back if there is one; "
+            f"{error.why} It is that of the best step by held-out {options.held_out.keep_best}. Put a copy of it back if there is one; "
             f"or remove that directory and give the same command line again: {taken}."
         ) from error

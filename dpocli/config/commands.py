@@ -1,51 +1,59 @@
-"""The options of the three commands: what they share and what is their own, and what does not go together."""
+"""The options of the three commands: sections put together, and which options exclude each other."""
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import model_validator
 
 from dpocli.config.gates import Gate
 from dpocli.config.loss_expression import LossChoice, split_list
 from dpocli.config.options import (
-    NEW_ADAPTER_SETTINGS,
-    AdapterOptions,
     CommaList,
     DataOptions,
-    Dtype,
     LoadingOptions,
     LossOptions,
     ModelOptions,
-    OptimizerOptions,
     Options,
     Panel,
     Several,
-    StoppingOptions,
     option,
+)
+from dpocli.config.training_options import (
+    CheckpointOptions,
+    HeldOutOptions,
+    LoggingOptions,
+    LoraOptions,
+    OptimizerOptions,
+    PolicyOptions,
 )
 from dpocli.errors import UsageError
 
 
-class PrecomputeOptions(ModelOptions, DataOptions, Options):
+class PrecomputeOptions(Options):
     """Score every pair with the frozen reference model, once."""
 
+    model: ModelOptions
+    data: DataOptions = DataOptions()
     reuse: list[Path] = option(
-        [], Panel.MAIN, "old cache whose log-probs are taken over for the pairs that it holds (repeatable)"
+        [], Panel.MAIN, "old cache whose log-probs are reused for the pairs that it holds (repeatable)"
     )
-    dry_run: bool = option(False, Panel.RUN, "tell rows, tokens, parts, bytes and expected time; touch nothing")
+    dry_run: bool = option(
+        False, Panel.RUN, "report rows, tokens, parts, bytes and expected time; read only, write nothing"
+    )
     verify: int | None = option(
         None, Panel.RUN, "score N random pairs of the finished cache again, and compare; write nothing", ge=1
     )
-
-    shard: str = option("0/1", Panel.RUN, "I/N: this worker does the tiles with index I modulo N", pattern=r"^\d+/\d+$")
+    shard: str = option(
+        "0/1", Panel.RUN, "I/N: this worker fills the parts with index I modulo N", pattern=r"^\d+/\d+$"
+    )
     rows_per_part: int = option(
-        4096, Panel.RUN, "source rows per Parquet part (the unit that is lost when killed)", ge=1
+        4096, Panel.RUN, "source rows per Parquet part, the unit that is lost when killed", ge=1
     )
 
     @model_validator(mode="after")
     def _data_and_shard(self) -> Self:
-        if not self.data:
+        if not self.data.files:
             raise ValueError("data: missing; give the preference rows, for example --data prefs.jsonl")
         if self.dry_run and self.verify:
             raise ValueError("verify: --dry-run touches no cache, and --verify looks into one; give one of them")
@@ -63,113 +71,96 @@ class PrecomputeOptions(ModelOptions, DataOptions, Options):
         return int(index), int(count)
 
 
-class TrainOptions(LossOptions, OptimizerOptions, AdapterOptions, StoppingOptions, ModelOptions, DataOptions, Options):
+class TrainOptions(Options):
     """Train a policy on the pairs of a reference cache."""
 
+    model: ModelOptions
     reference: Path | None = option(
         None, Panel.MAIN, "reference cache that precompute wrote; reference-free losses take --data"
     )
-    eval_reference: Path | None = option(None, Panel.HELD_OUT, "reference cache of held-out pairs")
-    eval_fraction: float = option(
-        0.0, Panel.HELD_OUT, "share of prompts held out of --reference, by a hash of the prompt", ge=0, lt=1
-    )
-    eval_every: int | None = option(
-        None, Panel.HELD_OUT, "steps between held-out evaluations (default: a tenth of the run)", ge=1
-    )
-    early_stopping: int | None = option(
-        None,
-        Panel.HELD_OUT,
-        "end the run when the held-out loss has not improved for N evaluations (default: never)",
-        ge=1,
-    )
-    keep_best: Literal["loss", "accuracy"] | None = option(
-        None,
-        Panel.HELD_OUT,
-        "keep the checkpoint that is the best on the held-out pairs, beside --keep-last, and make OUT/model of it",
-    )
-    cpu_offload: bool = option(
-        False, Panel.MODEL, "keep weights and optimizer in the memory of the host: less device memory, more time"
-    )
-    gradient_checkpointing: bool = option(
-        False, Panel.MODEL, "recompute activations in the backward pass: less memory, more time"
-    )
-    model_dropout: bool = option(False, Panel.MODEL, "keep the model's own dropout in training (default: 0 everywhere)")
-    router_aux_loss_coef: float = option(
-        0.0, Panel.MODEL, "weight of a mixture-of-experts router's auxiliary loss (0: off)", ge=0
-    )
-    save_dtype: Dtype | None = option(None, Panel.MODEL, "dtype of the saved model (default: the source's)")
-    step0_tolerance: float | None = option(
-        None, Panel.MODEL, "mean difference per token that the step-0 check allows, in nats", gt=0
-    )
-    log_every: int = option(1, Panel.RUN, "steps between lines of metrics.jsonl", ge=1)
-    save_every: int | None = option(None, Panel.RUN, "steps between checkpoints (default: a tenth of the run)", ge=1)
-    keep_last: int = option(2, Panel.RUN, "checkpoints to keep, beside the newest that is known to be good", ge=1)
-    track: CommaList = option([], Panel.RUN, "also log to: tensorboard, wandb (extras)")
-    dry_run: bool = option(False, Panel.RUN, "tell pairs, steps, micro-batches, parameters and memory; write nothing")
+    data: DataOptions = DataOptions()
+    loss: LossOptions = LossOptions()
+    optimizer: OptimizerOptions = OptimizerOptions()
+    lora: LoraOptions = LoraOptions()
+    held_out: HeldOutOptions = HeldOutOptions()
+    policy: PolicyOptions = PolicyOptions()
+    checkpoints: CheckpointOptions = CheckpointOptions()
+    logging: LoggingOptions = LoggingOptions()
+    seed: int = option(0, Panel.OPTIMIZER, "order of the data and everything random", ge=0)
+    dry_run: bool = option(False, Panel.RUN, "report pairs, steps, micro-batches, parameters and memory; write nothing")
 
     def for_model(self, *, is_adapter: bool) -> Self:
-        """These options once it is known what `--model` is: an adapter's directory also stands for its base.
+        """Fill in the defaults that depend on what `--model` is; an adapter's directory also names its base.
 
         Raises:
             UsageError: what is trained cannot be trained that way.
         """
-        trains_adapter = is_adapter or self.lora_rank is not None
-        if is_adapter and self.lora_rank:
-            raise UsageError("--lora-rank: --model is an adapter, which is trained on as it is; leave the option out.")
-        if self.quantization and not trains_adapter:
+        trains_adapter = is_adapter or self.lora.rank is not None
+        if is_adapter and self.lora.rank:
+            raise UsageError("--lora-rank: --model is an adapter, which is trained as it is; leave the option out.")
+        if (quantization := self.model.quantization) and not trains_adapter:
             raise UsageError(
-                f"--quantization {self.quantization}: quantized weights cannot be trained. Train an adapter on top: --lora-rank 16."
+                f"--quantization {quantization}: quantized weights cannot be trained. Train an adapter on top: --lora-rank 16."
             )
-        if self.merge and not trains_adapter:
+        if self.lora.merge and not trains_adapter:
             raise UsageError("--merge: there is no adapter to merge; it belongs to --lora-rank and --adapter.")
-        rate = self.learning_rate or (5e-6 if trains_adapter else 5e-7)
-        return self.model_copy(update={"learning_rate": rate})
+        rate = self.optimizer.learning_rate or (5e-6 if trains_adapter else 5e-7)
+        return self.model_copy(update={"optimizer": self.optimizer.model_copy(update={"learning_rate": rate})})
 
     def loss_choice(self) -> LossChoice:
-        """The loss to train with. Arguments and errors as for `loss_choices`."""
-        choices = self.loss_choices()
+        """The loss to train with. Errors as for `LossOptions.loss_choices`."""
+        choices = self.loss.loss_choices()
         if len(choices) > 1:
+            sum_of_all = "+".join(split_list(self.loss.name or ""))
             raise UsageError(
-                f"--loss {self.loss}: a run trains with one loss. Write a weighted sum with +, as in {'+'.join(split_list(self.loss or ''))}, "
+                f"--loss {self.loss.name}: a run trains with one loss. Write a weighted sum with +, as in {sum_of_all}, "
                 "or start a run for each; evaluate takes several."
             )
         return choices[0]
 
     @model_validator(mode="after")
-    def _inputs_fit_the_loss(self) -> Self:
-        if self.reference and self.data:
+    def _consistent(self) -> Self:
+        if self.reference and self.data.files:
             raise ValueError("data: --reference already holds the encoded pairs; give one of --reference and --data")
-        if self.eval_reference and self.eval_fraction:
+        if self.held_out.reference and self.held_out.fraction:
             raise ValueError(
                 "eval_fraction: held-out pairs come from --eval-reference or from --eval-fraction, not both"
             )
-        if self.epochs and self.max_steps:
+        if self.optimizer.epochs and self.optimizer.max_steps:
             raise ValueError("max_steps: the length of the run is set by --epochs or by --max-steps, not both")
-        if unknown := set(self.track) - {"tensorboard", "wandb"}:
+        if unknown := set(self.logging.track) - {"tensorboard", "wandb"}:
             raise ValueError(f"track: {', '.join(sorted(unknown))} is not known; tensorboard and wandb are")
-        if self.dtype == "float16":
+        if self.model.dtype == "float16":
             raise ValueError("dtype: gradients vanish in the narrow range of float16; train in bfloat16 or float32")
-        for name in NEW_ADAPTER_SETTINGS:
-            if self.lora_rank is None and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}: describes a new adapter, and there is none; give --lora-rank too")
-        if self.lora_rank and self.adapter:
-            raise ValueError("lora_rank: --adapter is trained on as it is; give one of the two")
-        for name in ("eval_every", "early_stopping", "keep_best"):
-            if getattr(self, name) and not (self.eval_reference or self.eval_fraction):
-                raise ValueError(f"{name}: there are no held-out pairs; give --eval-reference or --eval-fraction")
-        _no_idle_data_options(self)
+        if self.lora.rank is None and (idle := self.lora.changed(but=("merge",))):
+            raise ValueError(f"lora_{idle[0]}: describes a new adapter, and there is none; give --lora-rank too")
+        if self.lora.rank and self.model.adapter:
+            raise ValueError("lora_rank: --adapter is trained as it is; give one of the two")
+        if not self.held_out.is_given:
+            for key, value in (
+                ("eval_every", self.held_out.every),
+                ("early_stopping", self.held_out.early_stopping),
+                ("keep_best", self.held_out.keep_best),
+            ):
+                if value:
+                    raise ValueError(f"{key}: there are no held-out pairs; give --eval-reference or --eval-fraction")
+        _refuse_idle_data_options(self.data)
         return self
 
 
-class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
+class EvaluateOptions(Options):
     """Reward accuracy and margins of a policy, or of several, over a cache."""
 
-    model: Several = option(
+    models: Several = option(
         ...,
         Panel.MAIN,
         "model: a local directory, a run's checkpoint or a hub id; repeatable: the first is compared with each other",
+        alias="model",
     )
     reference: Path | None = option(None, Panel.MAIN, "reference cache of the pairs to evaluate on")
+    data: DataOptions = DataOptions()
+    loss: LossOptions = LossOptions()
+    loading: LoadingOptions = LoadingOptions()
     show_pairs: int = option(
         10, Panel.MAIN, "pairs with the lowest and with the highest margins that report.html shows token by token", ge=0
     )
@@ -187,19 +178,19 @@ class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
 
     def of_model(self, model: str) -> ModelOptions:
         """How one of the models is loaded."""
-        loading = {name: getattr(self, name) for name in LoadingOptions.model_fields if name in self.model_fields_set}
-        return ModelOptions(model=model, **loading)
+        given = {name: getattr(self.loading, name) for name in self.loading.model_fields_set}
+        return ModelOptions(name=model, **given)
 
     @model_validator(mode="after")
     def _models_and_gates(self) -> Self:
         for name in ("adapter", "revision"):
-            if len(self.model) > 1 and getattr(self, name):
+            if len(self.models) > 1 and getattr(self.loading, name):
                 raise ValueError(
-                    f"{name}: belongs to one --model, and there are {len(self.model)}; give directories (that of an adapter "
-                    "stands for its base with the adapter)"
+                    f"{name}: belongs to one --model, and there are {len(self.models)}; give directories (that of an adapter "
+                    "names its base too)"
                 )
-        places = [os.path.realpath(model) if os.path.exists(model) else model for model in self.model]
-        if twice := [model for model, place in zip(self.model, places, strict=True) if places.count(place) > 1]:
+        places = [os.path.realpath(model) if os.path.exists(model) else model for model in self.models]
+        if twice := [model for model, place in zip(self.models, places, strict=True) if places.count(place) > 1]:
             raise ValueError(f"model: {' and '.join(dict.fromkeys(twice))}: given twice")
         if self.second_reference and not self.reference:
             raise ValueError("second_reference: there is no first; give --reference")
@@ -212,20 +203,19 @@ class EvaluateOptions(LossOptions, LoadingOptions, DataOptions, Options):
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
-        if bool(self.reference) == bool(self.data):
+        if bool(self.reference) == bool(self.data.files):
             raise ValueError(
                 "reference: give one of --reference (a cache) and --data (rows, for reference-free losses)"
             )
-        _no_idle_data_options(self)
+        _refuse_idle_data_options(self.data)
         return self
 
 
-def _no_idle_data_options(options: TrainOptions | EvaluateOptions) -> None:
-    """With a cache, nothing is read or encoded, so options about it would be ignored: an error rather than a surprise."""
-    if options.data:
+def _refuse_idle_data_options(data: DataOptions) -> None:
+    """With a cache nothing is read or encoded, so options about it would be ignored: an error, not a surprise."""
+    if data.files:
         return
-    for name, field in DataOptions.model_fields.items():
-        if name not in ("data", "scratch") and getattr(options, name) != field.default:
-            raise ValueError(
-                f"{name}: has no effect here, since the pairs of --reference are encoded; it belongs to precompute"
-            )
+    if idle := data.changed(but=("files", "scratch")):
+        raise ValueError(
+            f"{idle[0]}: has no effect here, since the pairs of --reference are encoded; it belongs to precompute"
+        )

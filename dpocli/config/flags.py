@@ -1,23 +1,23 @@
-"""One declaration of the options (`config.models`) serves the flags, `--config FILE.yaml`, `--help` and `config.yaml`.
-
-Flags and YAML both arrive here as text and pydantic alone parses them: one place for bounds, one wording for errors.
-"""
+"""The options of a command as flat names: flags for Typer, keys for YAML, values of a finished model."""
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from dpocli.config.commands import EvaluateOptions, PrecomputeOptions, TrainOptions
-from dpocli.config.options import Options, Panel
+from dpocli.config.options import Options, Panel, Section
 from dpocli.config.other_tools import foreign_option
+
+OptionsModel = TypeVar("OptionsModel", bound=Options)
 
 COMMANDS: Mapping[str, type[Options]] = {
     "precompute": PrecomputeOptions,
@@ -25,17 +25,32 @@ COMMANDS: Mapping[str, type[Options]] = {
     "evaluate": EvaluateOptions,
 }
 
-METAVARS: Mapping[Any, str] = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT", date: "YYYY-MM-DD"}
+METAVARS: Mapping[Any, str] = {int: "INT", float: "FLOAT", Path: "PATH", str: "TEXT", date: "YYYY-MM-DD"}
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
     """One option as users write it."""
 
-    field: str
+    path: tuple[str, ...]
+    """Attributes from the command's options to the value: ("optimizer", "learning_rate")."""
     key: str
     """Name in YAML, with underscores."""
     info: FieldInfo
+
+    def value_of(self, options: Options) -> Any:
+        """The value in a command's options."""
+        return getattr(self._section_of(options), self.path[-1])
+
+    def is_given(self, options: Options) -> bool:
+        """Whether the value was given, on the command line or in a file."""
+        return self.path[-1] in self._section_of(options).model_fields_set
+
+    def _section_of(self, options: Options) -> Section:
+        section: Section = options
+        for name in self.path[:-1]:
+            section = getattr(section, name)
+        return section
 
     @property
     def flag(self) -> str:
@@ -62,17 +77,25 @@ class Option:
         return get_origin(self.kind) is list
 
     @property
-    def metavar(self) -> str | None:
+    def metavar(self) -> str:
+        """What `--help` shows for the value; choices are in the help text, where there is room for them."""
         if self.is_switch:
-            return None
-        if get_origin(self.kind) is Literal:
-            return "|".join(get_args(self.kind))
+            return ""
+        if self.choices:
+            return "NAME"
         return METAVARS[get_args(self.kind)[0] if self.is_list else self.kind]
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that are allowed, where they are listed."""
+        return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
     def help(self) -> str:
-        """Description and default; brackets would be taken for markup by rich."""
+        """Description and default; brackets are escaped, since rich reads them as markup."""
         text = self.info.description or ""
+        if self.choices:
+            text += f": {', '.join(self.choices)}"
         if self.info.is_required():
             text += " (required)"
         elif self.info.default not in (None, []) and self.info.default is not False:
@@ -88,12 +111,46 @@ class Option:
 
 def options_of(model: type[Options]) -> list[Option]:
     """Every option of a command, by panel; in each the required ones come first, then as declared."""
-    declared = [Option(name, info.alias or name, info) for name, info in model.model_fields.items()]
-    return sorted(declared, key=lambda option: (list(Panel).index(option.panel), not option.info.is_required()))
+    panels = list(Panel)
+    return sorted(_declared(model), key=lambda option: (panels.index(option.panel), not option.info.is_required()))
+
+
+def _declared(model: type[Section], path: tuple[str, ...] = ()) -> Iterator[Option]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section):
+            yield from _declared(info.annotation, (*path, name))
+        else:
+            yield Option((*path, name), info.alias or name, info)
+
+
+def build_options(model: type[OptionsModel], /, **values: Any) -> OptionsModel:
+    """The options of a command from flat values, by key.
+
+    Raises:
+        pydantic.ValidationError: a value is missing, unknown or impossible.
+    """
+    sections = {option.key: option.path[0] for option in options_of(model) if len(option.path) > 1}
+    nested: dict[str, Any] = {section: {} for section in sections.values()}
+    for key, value in values.items():
+        (nested[sections[key]] if key in sections else nested)[key] = value
+    return model.model_validate(nested)
+
+
+def values_of(options: Options) -> dict[str, Any]:
+    """The values of a command's options by key, as JSON has them."""
+    return {option.key: to_jsonable_python(option.value_of(options)) for option in options_of(type(options))}
+
+
+def given_keys(options: Options) -> list[str]:
+    """Keys of the options that were given, on the command line or in a file."""
+    return [option.key for option in options_of(type(options)) if option.is_given(options)]
 
 
 def signature_of(model: type[Options]) -> inspect.Signature:
-    """What Typer needs to know: a keyword-only parameter per option, and `config`. Absent flags arrive as None."""
+    """A keyword-only parameter for each option, and `config`, as Typer reads them. Absent flags arrive as None.
+
+    All values are text, switches included (`--merge=true`): pydantic parses them.
+    """
     parameters = [
         _parameter(
             "config",
@@ -105,10 +162,8 @@ def signature_of(model: type[Options]) -> inspect.Signature:
         )
     ]
     for option in options_of(model):
-        kind = bool if option.is_switch else list[str] if option.is_list else str
-        parameters.append(
-            _parameter(option.field, kind, "/".join(option.flags), option.metavar, option.help, option.panel)
-        )
+        kind = list[str] if option.is_list else str
+        parameters.append(_parameter(option.key, kind, option.flag, option.metavar, option.help, option.panel))
     return inspect.Signature(parameters)
 
 
@@ -122,7 +177,7 @@ def _parameter(
 
 
 def explain_unknown(name: str, model: type[Options]) -> str:
-    """What to say about an option that `model` has not: its equivalent here, whose it is, or the nearest name."""
+    """Answer to an unknown option: its equivalent here, the commands that have it, or the nearest name."""
     key = name.strip("-").replace("-", "_").lower()
     if hint := foreign_option(key) or foreign_option(key.removeprefix("no_")):
         return f"this is a name from another tool. Here, {hint}."

@@ -1,13 +1,12 @@
-"""One declaration of the options (`config.models`) serves the flags, `--config FILE.yaml`, `--help` and `config.yaml`.
+"""Options from flags and a YAML file, and the `config.yaml` that reproduces them.
 
-Flags and YAML both arrive here as text and pydantic alone parses them: one place for bounds, one wording for errors.
+Flags and YAML both arrive as text, and pydantic alone parses them: one place for bounds, one wording for errors.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import permutations
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -15,21 +14,20 @@ from pydantic_core import ErrorDetails
 
 from dpocli import __version__
 from dpocli.config.commands import EvaluateOptions, TrainOptions
-from dpocli.config.flags import Option, explain_unknown, options_of
-from dpocli.config.loss_expression import names_in, numbers_of, text_of_terms
-from dpocli.config.options import ADAMW_SETTINGS, NEW_ADAPTER_SETTINGS, NUMBERS_OF_LOSSES, DataOptions, Options
+from dpocli.config.flags import Option, OptionsModel, build_options, explain_unknown, given_keys, options_of, values_of
+from dpocli.config.loss_expression import text_of_terms
+from dpocli.config.options import Options
+from dpocli.config.precedence import replaced_keys
 from dpocli.errors import UsageError
 
 Text = str | bool | list[str]
 """A value as flags and YAML give it."""
 
-OptionsModel = TypeVar("OptionsModel", bound=Options)
-
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Published settings that come with the package: `--config recipes/NAME.yaml`."""
 
-COMMAND_LINE_ONLY = "as_json"
-"""How a result is printed says nothing about how it came about, so it does not stand in `config.yaml`."""
+COMMAND_LINE_ONLY = "json"
+"""How a result is printed does not change it, so this option is not in `config.yaml`."""
 
 EXPECTED: Mapping[str, str] = {
     "int_parsing": "must be a whole number",
@@ -50,39 +48,39 @@ EXPECTED: Mapping[str, str] = {
 
 
 def load_options(model: type[OptionsModel], flags: Mapping[str, Text | None]) -> OptionsModel:
-    """The options of a command: defaults < `--config` < flags, which also replace what says the same thing otherwise.
+    """Options of a command: defaults < `--config` < flags, which also replace their alternatives in the file.
 
     Args:
-        model: which command's.
-        flags: field name → text; None where a flag was not given; `config` is the YAML file.
+        model: options model of the command.
+        flags: key → text; None where a flag was not given; `config` is the YAML file.
 
     Raises:
         UsageError: something is missing, unknown or impossible; a line for each.
     """
     entries = {
-        option.field: _Entry(option, value, option.flag)
+        option.key: _Entry(option, value, option.flag)
         for option in options_of(model)
-        if (value := flags.get(option.field)) not in (None, [])
+        if (value := flags.get(option.key)) not in (None, [])
     }
     if (config := flags.get("config")) is not None:
         file = _read_yaml(_config_file(str(config)), model)
-        gone = replaced(_texts(entries), _texts(file))
-        entries = {name: entry for name, entry in file.items() if name not in gone} | entries
+        dropped = replaced_keys(_texts(entries), _texts(file))
+        entries = {key: entry for key, entry in file.items() if key not in dropped} | entries
     for entry in entries.values():
         if entry.value == "" or (isinstance(entry.value, list) and "" in entry.value):
             raise UsageError(f"{entry.place}: the value is empty (a shell variable that is not set?).")
     try:
-        options = model.model_validate({entry.option.key: entry.value for entry in entries.values()})
+        options = build_options(model, **{key: entry.value for key, entry in entries.items()})
     except ValidationError as error:
-        told = [_describe(detail, model, entries) for detail in error.errors()]
-        raise UsageError("\n".join(dict.fromkeys(told))) from error
+        problems = [_describe(detail, model, entries) for detail in error.errors()]
+        raise UsageError("\n".join(dict.fromkeys(problems))) from error
     _check_loss(options, entries)
     return options
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """A value that was given, and where."""
+    """A value as given, and its place."""
 
     option: Option
     value: Text
@@ -95,11 +93,11 @@ def _texts(entries: Mapping[str, _Entry]) -> dict[str, Text]:
 
 
 def _check_loss(options: Options, entries: Mapping[str, _Entry]) -> None:
-    """Raises UsageError where a loss is named that is none, or has not these numbers; what a file gives, by its place."""
-    if not isinstance(options, TrainOptions | EvaluateOptions) or not options.loss:
+    """Raise UsageError for an unknown loss or a hyperparameter that it does not have, naming the place in a file."""
+    if not isinstance(options, TrainOptions | EvaluateOptions) or not options.loss.name:
         return
     try:
-        options.loss_choices()
+        options.loss.loss_choices()
     except UsageError as error:
         for entry in entries.values():
             flag, message = entry.option.flag, str(error)
@@ -109,23 +107,22 @@ def _check_loss(options: Options, entries: Mapping[str, _Entry]) -> None:
 
 
 def _describe(detail: ErrorDetails, model: type[Options], entries: Mapping[str, _Entry]) -> str:
-    """One of pydantic's errors as a sentence that begins with where the value was given."""
-    options = {name: option for option in options_of(model) for name in (option.field, option.key)}
+    """Sentence for one of pydantic's errors; it begins with the place of the value."""
+    options = {option.key: option for option in options_of(model)}
     context = detail.get("ctx", {})
-    if not detail["loc"]:  # a validator of the whole model, which begins its message with the name of the field
-        name, _, what = str(context["error"]).partition(": ")
-        entry = entries.get(options[name].field)
-        return f"{entry.place if entry else options[name].flag}: {what}."
-    option = options[str(detail["loc"][0])]
+    if detail["type"] == "value_error":  # a validator of a section, whose message begins with the key
+        key, _, what = str(context["error"]).partition(": ")
+        return f"{entries[key].place if key in entries else options[key].flag}: {what}."
+    option = options[next(name for name in reversed(detail["loc"]) if isinstance(name, str))]
     if detail["type"] == "missing":
         return f"{option.flag}: missing; give the {(option.info.description or '').partition(';')[0]}."
     expected = EXPECTED.get(detail["type"])
     what = expected.format(**context, description=option.info.description) if expected else detail["msg"]
-    return f"{entries[option.field].place} {detail['input']}: {what}."
+    return f"{entries[option.key].place} {detail['input']}: {what}."
 
 
 def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
-    """The options in a YAML file. Numbers stay text, so that 5e-7, which YAML 1.1 takes for a string, is one too."""
+    """Options of a YAML file. Numbers stay text: YAML 1.1 reads 5e-7 as a string."""
     root = _parse_yaml(path)
     if not isinstance(root, yaml.MappingNode):
         raise UsageError(f"--config {path}: holds no options; it must be lines of the form `batch_size: 64`.")
@@ -145,12 +142,12 @@ def _read_yaml(path: Path, model: type[Options]) -> dict[str, _Entry]:
         else:
             value = _yaml_value(value_node, options[key], place)
         if value is not None:
-            entries[options[key].field] = _Entry(options[key], value, place)
+            entries[key] = _Entry(options[key], value, place)
     return entries
 
 
 def _config_file(given: str) -> Path:
-    """The file of `--config`: one that is there, else a recipe of the package."""
+    """File of `--config`: an existing one, else a recipe of the package."""
     path = Path(given)
     if path.parent != Path("recipes") or path.exists():
         return path
@@ -189,7 +186,7 @@ def _yaml_value(node: yaml.Node, option: Option, place: str) -> Text | None:
 
 
 def _loss_of_terms(node: yaml.Node, place: str) -> str:
-    """The text of a loss that is written out term by term."""
+    """Text of a loss that YAML lists term by term."""
     for term in node.value if isinstance(node, yaml.SequenceNode) else [node]:
         keys = [key.value for key, _ in term.value] if isinstance(term, yaml.MappingNode) else []
         if twice := [key for key in keys if keys.count(key) > 1]:
@@ -201,14 +198,14 @@ def _loss_of_terms(node: yaml.Node, place: str) -> str:
 
 
 def dump_yaml(options: Options, command: str) -> str:
-    """The `config.yaml` of a command. Given back with --config, it reproduces the command.
+    """The `config.yaml` of a command, which reproduces it with --config.
 
-    The defaults are written out below what was given, since those of a later version may be others.
+    Defaults are written out too, below the given options, since a later version may have other defaults.
     """
-    values = options.model_dump(mode="json", by_alias=True, exclude={COMMAND_LINE_ONLY}, exclude_none=True)
-    given = {option.key for option in options_of(type(options)) if option.field in options.model_fields_set}
+    values = {key: value for key, value in values_of(options).items() if value is not None and key != COMMAND_LINE_ONLY}
+    given = given_keys(options)
     return (
-        f"# dpocli {command}, version {__version__}. To do the same again: dpocli {command} --config THIS_FILE\n"
+        f"# dpocli {command}, version {__version__}. To reproduce: dpocli {command} --config THIS_FILE\n"
         + _as_yaml({key: value for key, value in values.items() if key in given})
         + "\n# Left at their defaults:\n"
         + _as_yaml({key: value for key, value in values.items() if key not in given and value != []})
@@ -217,49 +214,3 @@ def dump_yaml(options: Options, command: str) -> str:
 
 def _as_yaml(values: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=1000)) if values else ""
-
-
-_ENCODING = frozenset(DataOptions.model_fields) - {"data", "scratch"}
-"""Of --data alone: a cache holds encoded pairs."""
-
-ALTERNATIVES: tuple[tuple[tuple[str, frozenset[str]], ...], ...] = (
-    (("warmup_ratio", frozenset()), ("warmup_steps", frozenset())),
-    (("epochs", frozenset()), ("max_steps", frozenset())),
-    (("reference", frozenset()), ("data", _ENCODING)),
-    (("eval_reference", frozenset()), ("eval_fraction", frozenset())),
-    (("adapter", frozenset()), ("lora_rank", frozenset(NEW_ADAPTER_SETTINGS))),
-)
-"""Each a choice between options: the option, and what has a meaning with it alone."""
-
-
-def replaced(flags: Mapping[str, object], file: Mapping[str, object]) -> set[str]:
-    """The fields of a file that do not count any more.
-
-    A loss takes the numbers of the file's own loss with it, less those of a term that stays the first; where the file
-    names none, its numbers are meant for any.
-
-    Args:
-        flags: what was given on the command line: field → text.
-        file: what was given in the file: field → text.
-    """
-    gone: set[str] = set()
-    for choice in ALTERNATIVES:
-        for (name, _), (other, settings) in permutations(choice, 2):
-            if name in flags and other in file:
-                gone |= {other, *settings}
-    if "loss" in flags and "loss" in file:
-        gone |= _numbers_of_another_loss(str(flags["loss"]), str(file["loss"]))
-    if flags.get("optimizer") == "rmsprop":
-        gone |= set(ADAMW_SETTINGS)
-    return gone & file.keys() - flags.keys()
-
-
-def _numbers_of_another_loss(flag: str, file: str) -> set[str]:
-    """Those that a file gives for its own loss, and that mean nothing for the one of the flag."""
-    now, before = names_in(flag), names_in(file)
-    if flag == file or (now and set(now) == set(before)):
-        return set()
-    # `sft` only goes with a loss that compares the sides, wherever it stands.
-    first, first_before = ([name for name in names if name != "sft"] or names for names in (now, before))
-    kept = numbers_of(first[0]) if first and first_before and first[0] == first_before[0] else set()
-    return set(NUMBERS_OF_LOSSES) - kept

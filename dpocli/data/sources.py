@@ -52,10 +52,10 @@ def open_rows(options: DataOptions) -> SourceRows:
         UsageError: there is no such file or data set, or none of a kind that can be read.
         DataError: a file is damaged or has no rows.
     """
-    if not options.data:
+    if not options.files:
         raise UsageError("--data: missing. Give the preference rows, for example --data prefs.jsonl.")
     files: list[RowFile] = []
-    for name in options.data:
+    for name in options.files:
         first_row = files[-1].first_row + files[-1].num_rows if files else 0
         files += _open_named(name, options, first_row)
     if options.data_split != "train" and not any(isinstance(file, DatasetRows) for file in files):

@@ -73,22 +73,22 @@ def load_base(files: ModelFiles, options: ModelOptions, dtype: torch.dtype, devi
         )
     except SafetensorError as error:
         raise UsageError(
-            f"--model {options.model}: its weights cannot be read ({brief_message(error)}): a file is damaged or was copied "
+            f"--model {options.name}: its weights cannot be read ({brief_message(error)}): a file is damaged or was copied "
             "in part. Fetch or copy the model again."
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if is_out_of_memory(error):
             raise
-        raise UsageError(f"--model {options.model}: it cannot be loaded: {brief_message(error)}.") from error
+        raise UsageError(f"--model {options.name}: it cannot be loaded: {brief_message(error)}.") from error
     if mismatched := sorted(report["mismatched_keys"]):
         name, found, wanted = mismatched[0]
         raise UsageError(
-            f"--model {options.model}: {len(mismatched)} weights have another shape than its config.json says (the first: "
+            f"--model {options.name}: {len(mismatched)} weights have another shape than its config.json says (the first: "
             f"{name}, {list(found)} instead of {list(wanted)}). Bring config.json and weights of one model together."
         )
     if missing := sorted(report["missing_keys"]):
         raise UsageError(
-            f"--model {options.model}: {len(missing)} weights that the model needs are not in its files "
+            f"--model {options.name}: {len(missing)} weights that the model needs are not in its files "
             f"({', '.join(missing[:3])}, …). They would be random. Is it another architecture, or an adapter alone?"
         )
     compute_exactly(model, device)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dpocli.config.commands import TrainOptions
+from dpocli.config.training_options import LoraOptions
 from dpocli.errors import UsageError, brief_message
 from dpocli.model.identity import ADAPTER_WEIGHTS
 
@@ -76,7 +76,7 @@ def blank(model: PreTrainedModel, settings: Path) -> None:
         peft.PeftModel(model, config, autocast_adapter_dtype=False)
 
 
-def new(model: PreTrainedModel, options: TrainOptions) -> "PeftModel":
+def new(model: PreTrainedModel, options: LoraOptions, seed: int) -> "PeftModel":
     """A new adapter on top of `model`, which changes no value yet: the second of its two matrices is zero.
 
     LoRA (Hu et al. 2021); rsLoRA, whose scale is alpha/√rank (Kalajdzievski 2023); DoRA, which learns magnitude and
@@ -85,28 +85,29 @@ def new(model: PreTrainedModel, options: TrainOptions) -> "PeftModel":
 
     Args:
         model: the base, frozen.
-        options: rank, alpha, targets, dropout, variant; `seed` draws the first matrices.
+        options: rank, alpha, targets, dropout, variant.
+        seed: draws the first matrices.
 
     Raises:
         UsageError: a target is the name of no layer, or of one that cannot carry an adapter; the model could not hold the
             merged weights that are asked for; or peft is not installed.
     """
     peft = import_peft("--lora-rank")
-    assert options.lora_rank
-    targets = options.lora_targets
+    assert options.rank
+    targets = options.targets
     config = peft.LoraConfig(
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        r=options.rank,
+        lora_alpha=options.alpha or 2 * options.rank,
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
-        lora_dropout=options.lora_dropout,
-        use_rslora=options.lora_variant == "rslora",
-        use_dora=options.lora_variant == "dora",
+        lora_dropout=options.dropout,
+        use_rslora=options.variant == "rslora",
+        use_dora=options.variant == "dora",
         bias="none",
         task_type="CAUSAL_LM",
     )
     check_names(model, targets)
     problem = unfit(model, targets)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(seed)
     try:
         with quietly():
             wrapped: PeftModel = peft.PeftModel(model, config, autocast_adapter_dtype=True)

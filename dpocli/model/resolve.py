@@ -4,7 +4,6 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dpocli.config.commands import TrainOptions
 from dpocli.config.options import ModelOptions
 from dpocli.errors import UsageError, brief_message
 from dpocli.model.hashing import json_object, meaningful_config
@@ -23,37 +22,38 @@ _NOT_TRAINED = ("trainable_token_indices", *_NOT_SHARDED)
 """All training goes through `fully_shard`, whose weights peft cannot copy the rows of single tokens into."""
 
 
-def resolve_model(options: ModelOptions, *, checkpoints: bool = False) -> ModelFiles:
+def resolve_model(options: ModelOptions, *, checkpoints: bool = False, trains: bool = False) -> ModelFiles:
     """What `--model` and `--adapter` name: a directory as given, or the hub's snapshot (from the local cache when offline).
 
     An adapter's directory given as `--model` stands for its base with the adapter on top.
 
     Args:
         options: what was given.
-        checkpoints: whether a checkpoint of a training may stand for the model as it was then.
+        checkpoints: whether a checkpoint of a training is taken for the model as it was then.
+        trains: whether the model is to be trained, which some adapters do not allow.
 
     Raises:
         UsageError: it is no model directory, or cannot be found, or its weights are not safetensors.
     """
-    if options.revision and Path(options.model).expanduser().exists():
+    if options.revision and Path(options.name).expanduser().exists():
         raise UsageError(
-            f"--model {options.model}: it is a directory here, and --revision {options.revision} is of the hub. Leave --revision out."
+            f"--model {options.name}: it is a directory here, and --revision {options.revision} is of the hub. Leave --revision out."
         )
-    directory = _directory(options.model, options.revision, f"--model {options.model}")
+    directory = _directory(options.name, options.revision, f"--model {options.name}")
     adapter, checkpoint = options.adapter, None
     if (directory / STATE_NAME).is_file():
         if not checkpoints:
             raise UsageError(
-                f"--model {options.model}: this is a checkpoint of a training, which evaluate takes. Give the directory of a "
+                f"--model {options.name}: this is a checkpoint of a training, which evaluate takes. Give the directory of a "
                 "saved model, such as that run's OUT/model."
             )
         checkpoint = directory
         directory, adapter = _trained_from(checkpoint, options)
     elif adapter:
-        _check_adapter(adapter, f"--adapter {adapter}", options)
+        _check_adapter(adapter, f"--adapter {adapter}", options, trains=trains)
     elif (directory / ADAPTER_CONFIG).is_file():
-        adapter, directory = directory, _base_of(directory, options)
-    _check_model(directory, f"--model {options.model}")
+        adapter, directory = directory, _base_of(directory, options, trains=trains)
+    _check_model(directory, f"--model {options.name}")
     return ModelFiles(directory, adapter, options.quantization, options.trust_remote_code, checkpoint)
 
 
@@ -81,11 +81,11 @@ def _trained_from(checkpoint: Path, options: ModelOptions) -> tuple[Path, Path |
     return Path(str(base)), Path(str(adapter)) if adapter else None
 
 
-def _base_of(adapter: Path, options: ModelOptions) -> Path:
+def _base_of(adapter: Path, options: ModelOptions, *, trains: bool = False) -> Path:
     """The model that an adapter was made for, as the adapter remembers it."""
     config = adapter_config(adapter)
     asked = f"--model {adapter}: this is an adapter"
-    _check_adapter(adapter, asked, options)
+    _check_adapter(adapter, asked, options, trains=trains)
     if not (base := config.get("base_model_name_or_path")):
         raise UsageError(f"{asked} that does not say of which model. Give --model BASE --adapter {adapter}.")
     try:
@@ -94,7 +94,7 @@ def _base_of(adapter: Path, options: ModelOptions) -> Path:
         raise UsageError(f"{error} Or give --model BASE --adapter {adapter}.") from None
 
 
-def _check_adapter(directory: Path, asked: str, options: ModelOptions) -> None:
+def _check_adapter(directory: Path, asked: str, options: ModelOptions, *, trains: bool = False) -> None:
     if not (directory / ADAPTER_CONFIG).is_file():
         raise UsageError(
             f"{asked}: there is no {ADAPTER_CONFIG} in it. Give the directory of an adapter that peft saved."
@@ -104,9 +104,9 @@ def _check_adapter(directory: Path, asked: str, options: ModelOptions) -> None:
         raise UsageError(f"{asked}: it is of the type {kind}; LoRA adapters (DoRA and rsLoRA among them) can be used.")
     if config.get("alora_invocation_tokens"):
         raise UsageError(f"{asked}: it acts only after certain tokens (aLoRA), which is not supported.")
-    refused = _NOT_TRAINED if isinstance(options, TrainOptions) else _NOT_SHARDED if options.shards > 1 else ()
+    refused = _NOT_TRAINED if trains else _NOT_SHARDED if options.shards > 1 else ()
     if made_with := [name for name in refused if config.get(name)]:
-        does = "train on such an adapter" if isinstance(options, TrainOptions) else "spread it over --shards"
+        does = "train on such an adapter" if trains else "spread it over --shards"
         raise UsageError(
             f"{asked}: it was made with {made_with[0]}, and dpocli cannot {does}. precompute and evaluate take it, unsharded. Or merge "
             "it into its model (peft's merge_and_unload), and give that as --model."
@@ -164,12 +164,12 @@ def load_tokenizer(model: ModelFiles, options: ModelOptions) -> PreTrainedTokeni
     mend = "Copy the tokenizer's files (tokenizer.json, tokenizer_config.json, …) of the model beside its weights."
     directory = model.adapter if model.adapter and _has_tokenizer(model.adapter) else model.directory
     if not _has_tokenizer(directory):
-        raise UsageError(f"--model {options.model}: there is no tokenizer in it. {mend}")
+        raise UsageError(f"--model {options.name}: there is no tokenizer in it. {mend}")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # the libraries raise errors of many kinds for damaged files
         raise UsageError(
-            f"--model {options.model}: its tokenizer cannot be loaded ({brief_message(error)}). {mend}"
+            f"--model {options.name}: its tokenizer cannot be loaded ({brief_message(error)}). {mend}"
         ) from error
 
 

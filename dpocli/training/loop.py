@@ -37,9 +37,9 @@ def run_steps(
     """
     options, last = trainer.options, trainer.schedule.num_steps
     tenth = max(1, round(last / 10))
-    save_every, eval_every = options.save_every or tenth, options.eval_every or tenth
+    save_every, eval_every = options.checkpoints.save_every or tenth, options.held_out.every or tenth
 
-    deadline = out.started + 60 * (options.max_minutes or math.inf)
+    deadline = out.started + 60 * (options.checkpoints.max_minutes or math.inf)
 
     def asked_to_stop() -> bool:
         return trainer.processes.any(bool(stop) or out.stop_requested())
@@ -90,7 +90,7 @@ def run_steps(
             if evaluated:
                 course.add(row | evaluated)
             ends = step == last or (bool(evaluated) and course.has_stalled())
-            if step % options.log_every == 0 or ends or evaluated != {}:
+            if step % options.logging.log_every == 0 or ends or evaluated != {}:
                 monitor.log(row | (evaluated or {}))
             monitor.show(outcome)
             out.update(step=step)
@@ -151,8 +151,8 @@ def lost_rows_warning(
     if expected is None or len(rows) >= expected:
         return None
     there = {row.get("step") for row in rows}
-    gone = [step for step in range(options.log_every, done + 1, options.log_every) if step not in there]
-    which = f" (those of steps {_ranges(gone, options.log_every)})" if gone else ""
+    gone = [step for step in range(options.logging.log_every, done + 1, options.logging.log_every) if step not in there]
+    which = f" (those of steps {_ranges(gone, options.logging.log_every)})" if gone else ""
     needing = [flag for flag, value in _by_history(options) if value]
     lost = (
         f" Held-out evaluations in them are lost for {' and '.join(needing)}: only those still there, and the one that "
@@ -168,7 +168,7 @@ def lost_rows_warning(
 
 
 def _by_history(options: TrainOptions) -> list[tuple[str, object]]:
-    return [("--keep-best", options.keep_best), ("--early-stopping", options.early_stopping)]
+    return [("--keep-best", options.held_out.keep_best), ("--early-stopping", options.held_out.early_stopping)]
 
 
 def _ranges(steps: Sequence[int], apart: int) -> str:

@@ -124,13 +124,13 @@ class Course:
         processes: Processes,
         done: int = 0,
     ) -> None:
-        self._patience, self._processes = options.early_stopping, processes
-        self._checkpoints, self._keep_last = checkpoints, options.keep_last
+        self._patience, self._processes = options.held_out.early_stopping, processes
+        self._checkpoints, self._keep_last = checkpoints, options.checkpoints.keep_last
         self._found = evaluations(rows) if processes.is_first else []
         self._best = None
-        if options.keep_best and processes.is_first:
-            self._best = BestCheckpoint(checkpoints, options.keep_best, self._found, done)
-        self._keeps_best = options.keep_best is not None
+        if options.held_out.keep_best and processes.is_first:
+            self._best = BestCheckpoint(checkpoints, options.held_out.keep_best, self._found, done)
+        self._keeps_best = options.held_out.keep_best is not None
         self._best_at: int | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:

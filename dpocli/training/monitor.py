@@ -83,7 +83,7 @@ class Monitor:
         """Around a checkpoint: what it took, where that is news, and a warning where it is too long to survive a preemption."""
         began = self._clock()
         yield
-        seconds, grace = self._clock() - began, self._trainer.options.grace_seconds
+        seconds, grace = self._clock() - began, self._trainer.options.checkpoints.grace_seconds
         if seconds <= 2 * self._slowest_save:
             return
         self._slowest_save = seconds

@@ -23,12 +23,12 @@ def make_optimizer(policy: Policy, options: TrainOptions) -> torch.optim.Optimiz
     """
     parameters = [parameter for _, parameter in policy.master_weights]
     adam: dict[str, Any] = {
-        "lr": options.learning_rate or 0.0,
-        "betas": (options.adam_beta1, options.adam_beta2),
-        "eps": options.adam_epsilon,
-        "weight_decay": options.weight_decay,
+        "lr": options.optimizer.learning_rate or 0.0,
+        "betas": (options.optimizer.adam_beta1, options.optimizer.adam_beta2),
+        "eps": options.optimizer.adam_epsilon,
+        "weight_decay": options.optimizer.weight_decay,
     }
-    match options.optimizer:
+    match options.optimizer.name:
         case "adamw":
             # One kernel instead of a dozen passes over memory. It rounds once, so its last digit may differ from torch's loop
             # over parameters (measured: 1.5e-8 after 5 steps at a rate of 1e-3).
@@ -68,7 +68,7 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
 
 def state_bytes(policy: Policy, options: TrainOptions) -> float:
     """Bytes of optimizer state on this process."""
-    return sum(local_part(p).numel() for _, p in policy.master_weights) * STATE_BYTES[options.optimizer]
+    return sum(local_part(p).numel() for _, p in policy.master_weights) * STATE_BYTES[options.optimizer.name]
 
 
 def _counters_beside_parameters(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -63,7 +63,7 @@ class Plan:
         dtype: torch.dtype,
     ) -> "Plan":
         packing, count = policy.scorer.packing, policy.processes.count
-        assert options.learning_rate
+        assert options.optimizer.learning_rate
         return cls(
             loss=str(loss),
             is_whole_batch=loss.is_whole_batch,
@@ -72,15 +72,15 @@ class Plan:
             tokens=int(training.num_tokens.sum()),
             steps=schedule.num_steps,
             batch_size=schedule.batch_size,
-            batch_size_is_given=options.batch_size is not None,
+            batch_size_is_given=options.optimizer.batch_size is not None,
             epochs=schedule.num_steps / schedule.steps_per_epoch,
             passes_per_step=_passes_per_step(training, schedule, count, packing),
             token_budget=packing.token_budget,
             scoring=str(packing.layout),
             processes=count,
-            optimizer=options.optimizer,
-            learning_rate=options.learning_rate,
-            lr_schedule=options.lr_schedule,
+            optimizer=options.optimizer.name,
+            learning_rate=options.optimizer.learning_rate,
+            lr_schedule=options.optimizer.lr_schedule,
             warmup_steps=warmup_steps(options, schedule.num_steps),
             parameters=policy.num_parameters(),
             dtype=dtype_name(dtype),
@@ -155,6 +155,6 @@ def _expected_bytes(policy: Policy, dtype: torch.dtype, options: TrainOptions) -
     parameters = policy.num_parameters() * (MASTER_AND_GRADIENT + compute_copy) + state_bytes(policy, options)
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    kept = hidden if options.gradient_checkpointing else 8 * hidden + 4 * inner
+    kept = hidden if options.policy.gradient_checkpointing else 8 * hidden + 4 * inner
     activations = float(policy.scorer.packing.token_budget * layers * kept * dtype.itemsize)
     return parameters + activations

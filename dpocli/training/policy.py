@@ -36,25 +36,29 @@ def load_policy(
         UsageError: the model cannot be loaded, or cannot be trained as it is asked for.
     """
     adapter = None
-    is_spread = options.shards > 1 or options.cpu_offload
+    is_spread = options.model.shards > 1 or options.policy.cpu_offload
     if is_spread:
         check_spreadable(files)
-    if files.adapter or options.lora_rank:
+    if files.adapter or options.lora.rank:
         # The base is frozen, so it needs no float32 master of its own.
-        model = load_base(files, options, dtype, torch.device("cpu") if is_spread else processes.device)
+        model = load_base(files, options.model, dtype, torch.device("cpu") if is_spread else processes.device)
         model.requires_grad_(False)
-        adapter = lora.put_on(model, files.adapter, trainable=True) if files.adapter else lora.new(model, options)
+        adapter = (
+            lora.put_on(model, files.adapter, trainable=True)
+            if files.adapter
+            else lora.new(model, options.lora, options.seed)
+        )
     else:
         model = (
-            load_spread(files, options, torch.float32, processes.device)
+            load_spread(files, options.model, torch.float32, processes.device)
             if is_spread
-            else load_base(files, options, torch.float32, processes.device)
+            else load_base(files, options.model, torch.float32, processes.device)
         )
     scorer = PairScorer(
         model,
         collision=Need.COLLISION in loss.needs,
-        router_loss=options.router_aux_loss_coef > 0,
-        token_budget=token_budget(options.token_budget, processes.device),
+        router_loss=options.policy.router_aux_loss_coef > 0,
+        token_budget=token_budget(options.scoring.token_budget, processes.device),
         device=processes.device,
     )
     return Policy(scorer, options, dtype, processes, files, adapter)
@@ -78,10 +82,10 @@ class Policy:
         """Where one is trained instead of the model."""
         self.source_config = copy.deepcopy(scorer.model.config)
         """As it was, to be saved with the trained model."""
-        if not options.model_dropout:
+        if not options.policy.model_dropout:
             without_dropout(scorer.model, but="lora_dropout")  # which has an option of its own
         scorer.train()
-        if options.gradient_checkpointing:
+        if options.policy.gradient_checkpointing:
             # The name changed in transformers 5.2x.
             enable = getattr(
                 scorer.model, "activation_checkpointing_enable", scorer.model.gradient_checkpointing_enable
@@ -93,21 +97,21 @@ class Policy:
         self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
         """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
         self.processes = processes
-        self.is_sharded = options.shards > 1
+        self.is_sharded = options.model.shards > 1
         """Whether each process holds a part of every weight."""
         frozen = {parameter for parameter in scorer.parameters() if not parameter.requires_grad}
         layers = decoder_layers(scorer.model)
         shard(
             scorer,
             layers,
-            processes.mesh(options.shards),
+            processes.mesh(options.model.shards),
             dtype=dtype,
-            offload=options.cpu_offload,
+            offload=options.policy.cpu_offload,
             ignored=set() if self.is_sharded else frozen,  # a frozen model that fits has nothing to exchange
         )
         if scorer.is_blank:
             assert files
-            fill(scorer, scorer.model, files, processes.device, offload=options.cpu_offload)
+            fill(scorer, scorer.model, files, processes.device, offload=options.policy.cpu_offload)
         # Taken now: between a forward pass and its backward pass the module shows its copies in `dtype` instead.
         self.master_weights: list[tuple[str, nn.Parameter]] = [
             (name, parameter) for name, parameter in scorer.model.named_parameters() if parameter.requires_grad

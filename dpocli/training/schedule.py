@@ -28,14 +28,19 @@ class Schedule:
         """Raises UsageError where a global batch has fewer pairs than there are processes."""
         if not num_pairs:
             raise DataError("There is no pair to train on: every pair is held out or was skipped.")
-        batch_size = min(options.batch_size or default_batch_size(num_pairs), num_pairs)
+        batch_size = min(options.optimizer.batch_size or default_batch_size(num_pairs), num_pairs)
         if batch_size < num_processes:
             raise UsageError(
                 f"--batch-size {batch_size}: fewer pairs a step than the {num_processes} processes. It counts pairs over "
                 "all processes; give a multiple of their number."
             )
         steps_per_epoch = math.ceil(num_pairs / batch_size)
-        return cls(num_pairs, batch_size, options.max_steps or steps_per_epoch * (options.epochs or 1), options.seed)
+        return cls(
+            num_pairs,
+            batch_size,
+            options.optimizer.max_steps or steps_per_epoch * (options.optimizer.epochs or 1),
+            options.seed,
+        )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,14 +70,14 @@ def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], flo
     Those are 0 at their first and last point; the steps are laid between the two, so that no batch is wasted.
     """
     warmup = warmup_steps(options, num_steps)
-    assert options.learning_rate
-    peak = options.learning_rate
+    assert options.optimizer.learning_rate
+    peak = options.optimizer.learning_rate
 
     def rate(step: int) -> float:
         if step < warmup:
             return peak * (step / warmup)
         left = (num_steps + 1 - step) / max(1, num_steps + 1 - warmup)
-        match options.lr_schedule:
+        match options.optimizer.lr_schedule:
             case "constant":
                 return peak
             case "linear":
@@ -86,4 +91,8 @@ def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], flo
 
 def warmup_steps(options: TrainOptions, num_steps: int) -> int:
     """Steps in which the learning rate rises; more than `num_steps` where it never comes to its peak."""
-    return math.ceil(options.warmup_ratio * num_steps) if options.warmup_steps is None else options.warmup_steps
+    return (
+        math.ceil(options.optimizer.warmup_ratio * num_steps)
+        if options.optimizer.warmup_steps is None
+        else options.optimizer.warmup_steps
+    )

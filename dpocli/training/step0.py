@@ -128,14 +128,14 @@ def check_step0(
     console: Console,
 ) -> Step0:
     """Binding where the policy starts as the reference; else the difference is information."""
-    tolerance = options.step0_tolerance or TOLERANCE[dtype]
+    tolerance = options.policy.step0_tolerance or TOLERANCE[dtype]
     with policy.eval_mode():
         positions = chosen_positions(training, options.seed)
         found = measure(policy.scorer, training, positions, tolerance, processes)
     if not np.isfinite(found.mean):
         raise NumericsError(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
-            f"weights of --model {options.model}, or try --dtype float32."
+            f"weights of --model {options.model.name}, or try --dtype float32."
         )
     reference = training.store.fingerprint
     assert reference.reference

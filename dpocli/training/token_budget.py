@@ -69,7 +69,7 @@ def set_token_budget(policy: Policy, training: PairView, options: TrainOptions, 
         options: those of the run.
         device: whose memory it is; None: leave the budget as it is.
     """
-    if options.token_budget is not None or device is None:
+    if options.scoring.token_budget is not None or device is None:
         return
     budget = min(policy.processes.gather([_measured(policy, training, options, device)]))
     policy.scorer.packing = replace(policy.scorer.packing, token_budget=budget)

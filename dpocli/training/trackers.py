@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import values_of
 from dpocli.errors import UsageError
 
 
@@ -14,7 +15,7 @@ class Trackers:
     """Sends each logged row to the trackers of `--track`; from one process only."""
 
     def __init__(self, options: TrainOptions, first_step: int = 1, *, enabled: bool) -> None:
-        self._sinks = [_OPENERS[name](options, first_step) for name in options.track] if enabled else []
+        self._sinks = [_OPENERS[name](options, first_step) for name in options.logging.track] if enabled else []
 
     def __enter__(self) -> Self:
         return self
@@ -59,14 +60,14 @@ def _wandb(options: TrainOptions, _first_step: int) -> _Sink:
         name=path.name,
         resume="allow",
         dir=str(options.out),
-        config=options.model_dump(mode="json"),
+        config=values_of(options),
     )
     return lambda row: run.log(dict(row), step=int(row["step"])), run.finish
 
 
 def check_trackers(options: TrainOptions) -> None:
     """Raises UsageError where a tracker of `--track` is not installed."""
-    for name in options.track:
+    for name in options.logging.track:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"--track {name}: it is not installed. `pip install 'dpocli[trackers]'`, or leave the option out."

@@ -76,9 +76,9 @@ class Trainer:
         self._provenance = provenance
         self.content = content
         wanted = LogpColumns.by(loss.needs, has_reference=view.store.has_reference)
-        self._gradients = Gradients(policy, loss, wanted, options.router_aux_loss_coef, options.seed, processes)
+        self._gradients = Gradients(policy, loss, wanted, options.policy.router_aux_loss_coef, options.seed, processes)
         self.throughput = Throughput(policy.scorer, backward=True)
-        self._back_off = BackOff(policy, options.token_budget, say)
+        self._back_off = BackOff(policy, options.scoring.token_budget, say)
         self.account = RunStats(processes.device)
         self.last_finite_step = 0
         """The last step whose weights are known to have given a finite loss and a finite gradient: the next is done."""
@@ -157,7 +157,7 @@ class Trainer:
             self.policy.state_tensors(self.optimizer),
             state,
             partial(self._write_extra, step),
-            self.options.keep_last,
+            self.options.checkpoints.keep_last,
             self.last_finite_step,
             self.processes,
         )
@@ -277,7 +277,7 @@ class Trainer:
 
     def _update(self, step: int, positions: NDArray[np.int64]) -> dict[str, float]:
         parameters = [parameter for _, parameter in self.policy.master_weights]
-        limit = self.options.max_grad_norm or float("inf")
+        limit = self.options.optimizer.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         grad_norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if not np.isfinite(grad_norm):

@@ -16,6 +16,7 @@ import numpy as np
 from environments import ROOT
 from numpy.typing import NDArray
 
+from dpocli.config.flags import build_options
 from dpocli.data.pair_tokens import pair_id
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 
@@ -88,7 +89,8 @@ def write_share(world: World, index: int, count: int) -> None:
     from dpocli.config.commands import PrecomputeOptions
     from dpocli.console.console import Console
 
-    options = PrecomputeOptions(
+    options = build_options(
+        PrecomputeOptions,
         model=str(world.reference),
         data=[str(world.data)],
         out=world.cache,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dpocli.cache.reader import PairStore
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.config.loss_expression import LossChoice
 from dpocli.config.options import ModelOptions
 from dpocli.console.progress import Nothing, Progress
@@ -93,8 +94,8 @@ def trained(
         cache: one from which to read as many pairs, outside the measured part.
     """
     choice = LossChoice.of("dpo", {"beta": measuring.BETA})
-    options = TrainOptions(
-        out=Path("unused"), model="unused", reference=Path("unused"), gradient_checkpointing=checkpointing
+    options = build_options(
+        TrainOptions, out=Path("unused"), model="unused", reference=Path("unused"), gradient_checkpointing=checkpointing
     )
     wanted = LogpColumns(reference=True)
     with _switched_off(without), init_processes(CPU, even_alone=True) as processes:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpocli.commands import evaluate
+from dpocli.config.flags import build_options
 from dpocli.distributed.processes import Processes
 from dpocli.evaluation.pair_table import ScoredPairs
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, pictures, quiet
@@ -178,7 +179,7 @@ def test_a_held_out_fraction_shares_no_prompt_with_training(cache: Path, tmp_pat
     from dpocli.config.commands import TrainOptions
 
     store = PairStore.open(cache)
-    options = TrainOptions(model=str(MODEL), out=tmp_path, reference=cache, eval_fraction=0.3)
+    options = build_options(TrainOptions, model=str(MODEL), out=tmp_path, reference=cache, eval_fraction=0.3)
     training, held_out = split_pairs(options, store, None)
     assert held_out is not None
     assert len(training) + len(held_out) == len(store) == 40

@@ -136,7 +136,7 @@ def test_commas_in_parentheses_do_not_part_losses(text: str, parts: list[str]) -
 
 
 def test_evaluate_takes_several_losses() -> None:
-    choices = evaluate(loss="dpo,simpo(gamma=1.5, beta=3),dpo+0.2*sft", beta="0.5").loss_choices()
+    choices = evaluate(loss="dpo,simpo(gamma=1.5, beta=3),dpo+0.2*sft", beta="0.5").loss.loss_choices()
     assert [choice.label for choice in choices] == ["dpo", "simpo", "dpo+0.2*sft"]
     assert [choice.terms[0].beta for choice in choices] == [0.5, 3.0, 0.5]
     assert list(named(choices)) == ["dpo", "simpo", "dpo+0.2*sft"]
@@ -144,15 +144,15 @@ def test_evaluate_takes_several_losses() -> None:
 
 
 def test_a_number_must_be_used_by_one_of_them_at_least() -> None:
-    first, second = evaluate(loss="dpo,simpo", gamma="0.5").loss_choices()
+    first, second = evaluate(loss="dpo,simpo", gamma="0.5").loss.loss_choices()
     assert "gamma" not in first.terms[0].hyperparameters
     assert second.terms[0].hyperparameters["gamma"] == 0.5
     with pytest.raises(UsageError, match="--gamma: dpo, hinge does not use it"):
-        evaluate(loss="dpo,hinge", gamma="0.5").loss_choices()
+        evaluate(loss="dpo,hinge", gamma="0.5").loss.loss_choices()
 
 
 def test_losses_that_differ_in_numbers_are_named_by_them() -> None:
-    choices = evaluate(loss="dpo,dpo(beta=0.5),hinge").loss_choices()
+    choices = evaluate(loss="dpo,dpo(beta=0.5),hinge").loss.loss_choices()
     assert list(named(choices)) == [
         "dpo(beta=0.1, label_smoothing=0)",
         "dpo(beta=0.5, label_smoothing=0)",
@@ -163,7 +163,7 @@ def test_losses_that_differ_in_numbers_are_named_by_them() -> None:
 @pytest.mark.parametrize("text", ["dpo,dpo", "dpo,simpo,dpo(beta=0.1)", "dpo+sft,1.0*dpo+sft"])
 def test_the_same_loss_twice(text: str) -> None:
     with pytest.raises(UsageError, match=r"^--loss: dpo\(beta=0\.1, label_smoothing=0\).* is given twice\.$"):
-        named(evaluate(loss=text).loss_choices())
+        named(evaluate(loss=text).loss.loss_choices())
 
 
 def test_train_takes_one_loss() -> None:
@@ -200,9 +200,9 @@ def test_own_numbers_before_given_ones_before_the_models_before_the_papers() -> 
 
 
 def test_the_models_loss_is_the_default_with_all_its_numbers() -> None:
-    assert evaluate().loss_choices(DEFAULT) == [DEFAULT]
-    assert evaluate(loss="dpo").loss_choices(DEFAULT) == [LossChoice(terms=(DEFAULT.terms[1],))]
-    (changed,) = evaluate(label_smoothing="0.1").loss_choices(DEFAULT)
+    assert evaluate().loss.loss_choices(DEFAULT) == [DEFAULT]
+    assert evaluate(loss="dpo").loss.loss_choices(DEFAULT) == [LossChoice(terms=(DEFAULT.terms[1],))]
+    (changed,) = evaluate(label_smoothing="0.1").loss.loss_choices(DEFAULT)
     assert [term.hyperparameters["label_smoothing"] for term in changed.terms] == [0.1, 0.1]
     assert [term.weight for term in changed.terms] == [0.5, 1.0]
 
@@ -225,13 +225,13 @@ def test_the_alpha_divergence_has_an_order_and_no_other_has() -> None:
 def test_a_model_of_a_later_version() -> None:
     unknown = LossChoice.model_validate({"name": "dpo_of_tomorrow", "beta": 0.1, "hyperparameters": {}})
     with pytest.raises(UsageError, match=r"dpocli\.json: it was trained with the loss dpo_of_tomorrow, which"):
-        evaluate().loss_choices(unknown)
+        evaluate().loss.loss_choices(unknown)
     unknown = LossChoice.model_validate({"name": "dpo", "beta": 0.1, "hyperparameters": {"omega": 1.0}})
     with pytest.raises(UsageError, match=r"dpocli\.json: it was trained with dpo and omega, which"):
-        evaluate().loss_choices(unknown)
+        evaluate().loss.loss_choices(unknown)
     # A number that it did not have yet is the paper's.
     older = LossChoice.model_validate({"name": "simpo", "beta": 4.0, "hyperparameters": {}})
-    assert evaluate().loss_choices(older) == [LossChoice.of("simpo(beta=4)")]
+    assert evaluate().loss.loss_choices(older) == [LossChoice.of("simpo(beta=4)")]
 
 
 # written and read again
@@ -319,7 +319,7 @@ def test_every_choice_is_read_as_written_and_written_as_read(drawn: tuple[str, l
     assert LossChoice.of(str(choice)) == choice
     assert LossChoice.model_validate(choice.model_dump()) == choice
     assert LossChoice.model_validate_json(choice.model_dump_json()) == choice
-    assert evaluate().loss_choices(choice) == [choice]
+    assert evaluate().loss.loss_choices(choice) == [choice]
     assert split_list(f"{choice}, sft") == [str(choice), "sft"]
 
 
@@ -570,7 +570,7 @@ def test_errors_of_several_losses_are_those_of_each() -> None:
     with pytest.raises(UsageError, match=r"^--loss dpoo: there is no loss dpoo"):
         choices_of(["dpo", "dpoo"], {})
     with pytest.raises(UsageError, match=r"^--loss : cannot be read"):
-        evaluate(loss="dpo,").loss_choices()
+        evaluate(loss="dpo,").loss.loss_choices()
 
 
 def test_a_parsed_number_is_a_float() -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from dpocli.config.commands import TrainOptions
-from dpocli.config.parsing import ALTERNATIVES, load_options
+from dpocli.config.flags import values_of
+from dpocli.config.parsing import load_options
+from dpocli.config.precedence import ALTERNATIVES
 from dpocli.errors import UsageError
 
 GIVEN = {"model": "m", "out": "o"}
@@ -53,8 +55,9 @@ def test_a_flag_replaces_its_alternative(
     lines: str, flags: dict[str, str], gone: dict[str, object], tmp_path: Path
 ) -> None:
     options = load(tmp_path, lines, **flags)
-    assert {name: getattr(options, name) for name in gone} == gone
-    assert all(getattr(options, name) for name in flags)
+    values = values_of(options)
+    assert {name: values[name] for name in gone} == gone
+    assert all(values[name] for name in flags)
 
 
 @pytest.mark.parametrize(("one", "other"), [pair for choice in ALTERNATIVES for pair in combinations(choice, 2)])

@@ -422,7 +422,7 @@ def test_the_library_does_not_warn_about_lengths(caplog: pytest.LogCaptureFixtur
 def rows_from(tmp_path: Path, lines: list[Any]) -> SourceRows:
     path = tmp_path / "prefs.jsonl"
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-    return open_rows(options(data=[str(path)]))
+    return open_rows(options(files=[str(path)]))
 
 
 def test_encode_rows_gives_one_result_a_row_in_order(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ DEMO = ROOT.parent / "shared" / "data" / "dpo_en_demo.json"
 
 @pytest.mark.skipif(not DEMO.exists(), reason="../shared/data/dpo_en_demo.json is not there")
 def test_the_demo_set_reads_and_gives_back_its_answers() -> None:
-    chosen_options = options(data=[str(DEMO)], limit=100, max_length=100_000)
+    chosen_options = options(files=[str(DEMO)], limit=100, max_length=100_000)
     rows = open_rows(chosen_options)
     tokenizer = byte_level(template=CHATML)
     results = list(encode_rows(rows, Encoder(tokenizer, chosen_options), chosen_options, 0, rows.num_rows))

@@ -186,7 +186,7 @@ def test_a_head_that_fits_no_known_map_is_asked_for_the_scored_columns(layout: L
 def test_a_cap_on_the_attention_scores_survives_loading(tmp_path: Path) -> None:
     model = build("gemma2-window-softcap")
     model.save_pretrained(tmp_path)
-    options = ModelOptions.model_construct(model=str(tmp_path), trust_remote_code=False)
+    options = ModelOptions(model=str(tmp_path), trust_remote_code=False)
     loaded = load_model(ModelFiles(tmp_path), options, torch.float32, torch.device("cpu"))
     pairs = awkward_pairs()
     assert_same(plain_batch(loaded, pairs), plain_batch(model, pairs))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
@@ -431,7 +432,7 @@ def group() -> Iterator[Processes]:
 
 
 def policy_of(family: str, group: Processes, **given: object) -> Policy:
-    options = TrainOptions.model_validate({"model": "m", "out": "o", "reference": "r"} | given)
+    options = build_options(TrainOptions, **{"model": "m", "out": "o", "reference": "r"} | given)
     return Policy(PairScorer(build(family)), options, torch.float32, group)
 
 

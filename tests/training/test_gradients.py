@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.config.hyperparameters import Need
 from dpocli.config.loss_expression import LossChoice
 from dpocli.data.batch import PairBatch
@@ -159,7 +160,7 @@ def by_the_engine(
 ) -> Found:
     """The gradient as training computes it; the model is left as it was."""
     choice = LossChoice.of(loss)
-    options = TrainOptions.model_validate({"model": "m", "out": "o", "reference": "r"} | given)
+    options = build_options(TrainOptions, **{"model": "m", "out": "o", "reference": "r"} | given)
     scorer = PairScorer(copy.deepcopy(model), collision=Need.COLLISION in choice.needs, router_loss=router > 0)
     policy = Policy(scorer, options, torch.float32, processes)
     wanted = wanted_by(choice)

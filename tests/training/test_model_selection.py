@@ -8,6 +8,7 @@ import torch
 
 from dpocli.checkpoint.retention import best_step, latest, remove_old
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.distributed.processes import Processes
 from dpocli.run.files import write_json
 from dpocli.training.model_selection import BestCheckpoint, Course, Evaluation, best, evaluations, has_stalled
@@ -152,8 +153,8 @@ def test_a_course_that_is_broken_off_goes_on_as_if_it_had_not_been(kill_after: i
     """Killed after the row of an evaluation, before its checkpoint or before that is named: the step is done again."""
 
     def drive(directory: Path, kills: list[int]) -> list[tuple[int, bool, bool]]:
-        options = TrainOptions.model_validate(
-            {"model": "m", "out": "o", "reference": "r", "eval_fraction": 0.1, "keep_best": "loss", "early_stopping": 3}
+        options = build_options(
+            TrainOptions, model="m", out="o", reference="r", eval_fraction=0.1, keep_best="loss", early_stopping=3
         )
         rows, decided, done = [row(0, LOSSES[0])], [], 0
         course = Course(options, checkpoints(directory), rows, ALONE)

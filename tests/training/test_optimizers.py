@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.errors import UsageError
 from dpocli.scoring.scorer import PairScorer
@@ -31,8 +32,9 @@ def alone() -> Iterator[Processes]:
 
 
 def options(**given: object) -> TrainOptions:
-    return TrainOptions.model_validate(
-        {"model": "m", "out": "o", "reference": "r", "learning_rate": RATE} | given  #
+    return build_options(
+        TrainOptions,
+        **{"model": "m", "out": "o", "reference": "r", "learning_rate": RATE} | given,  #
     )
 
 

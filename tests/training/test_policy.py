@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.data.batch import PairBatch
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.model.save import Provenance, save_model
@@ -26,7 +27,7 @@ def alone() -> Iterator[Processes]:
 
 
 def options(**given: object) -> TrainOptions:
-    return TrainOptions.model_validate({"model": "m", "out": "o", "reference": "r"} | given)
+    return build_options(TrainOptions, **{"model": "m", "out": "o", "reference": "r"} | given)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])

@@ -8,12 +8,13 @@ import torch
 from transformers import get_scheduler
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.errors import DataError, UsageError
 from dpocli.training.schedule import Schedule, default_batch_size, learning_rates
 
 
 def options(**given: object) -> TrainOptions:
-    return TrainOptions.model_validate({"model": "m", "out": "o", "reference": "r"} | given)
+    return build_options(TrainOptions, **{"model": "m", "out": "o", "reference": "r"} | given)
 
 
 def test_an_epoch_is_every_pair_once_and_the_last_batch_may_be_smaller() -> None:

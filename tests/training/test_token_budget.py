@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
 from dpocli.distributed.processes import Processes, init_processes
@@ -54,7 +55,7 @@ def policy(alone: Processes) -> Policy:
 
 
 def options(**given: object) -> TrainOptions:
-    return TrainOptions.model_validate({"model": "m", "out": "o", "reference": "r"} | given)
+    return build_options(TrainOptions, **{"model": "m", "out": "o", "reference": "r"} | given)
 
 
 def device_that_takes(policy: Policy, total: int, limit: int = 10**9) -> tuple[Device, list[int]]:

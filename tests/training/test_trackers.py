@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from dpocli.config.commands import TrainOptions
+from dpocli.config.flags import build_options
 from dpocli.errors import UsageError
 from dpocli.training.trackers import Trackers, check_trackers
 
@@ -14,7 +15,7 @@ ROWS = [{"step": 1, "loss": 0.7, "eval/loss": 0.8}, {"step": 2, "loss": 0.6}]
 
 
 def options(out: Path, *track: str) -> TrainOptions:
-    return TrainOptions(model="m", out=out, reference="r", track=list(track))
+    return build_options(TrainOptions, model="m", out=out, reference="r", track=list(track))
 
 
 def test_tensorboard_reads_what_was_logged(tmp_path: Path) -> None:
