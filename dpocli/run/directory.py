@@ -13,7 +13,7 @@ from typing import Any, Self, TextIO
 from dpocli.config.options import Options
 from dpocli.config.parsing import dump_yaml
 from dpocli.console.console import without_nan
-from dpocli.errors import DpoError, ExitCode, UsageError, mark_recorded
+from dpocli.errors import DpoError, ExitCode, UsageError, is_lost_peer, mark_recorded
 from dpocli.run.files import make_directory, read_json, translating_file_errors, try_lock, write_atomically, write_json
 from dpocli.run.metrics_log import MetricsLog
 from dpocli.run.status import (
@@ -101,7 +101,8 @@ class RunDirectory:
             return
         self._ended.set()
         self._heart.join()
-        self._status = replace(self._status, **asdict(self._with_failure_of_others(outcome)))
+        found = self._with_failure_of_others(outcome, has_lost_peer=error is not None and is_lost_peer(error))
+        self._status = replace(self._status, **asdict(found))
         try:
             self._write_status()
         except (OSError, DpoError):
@@ -122,20 +123,30 @@ class RunDirectory:
             if status is not None and ended_well and status.launch == launch_name():
                 self._file.write(replace(status, **asdict(outcome)))
 
-    def _with_failure_of_others(self, outcome: Outcome) -> Outcome:
-        """What the run came to: a process that went well, or was told to stop, gives way to one that failed."""
+    def _with_failure_of_others(self, outcome: Outcome, *, has_lost_peer: bool) -> Outcome:
+        """The outcome of the run: the failure of another process, where this one has none of its own."""
         failure = read_json(self._failure_path)
-        if isinstance(failure, dict) and outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG):
+        is_none = has_lost_peer or outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG)
+        if isinstance(failure, dict) and is_none:
             with suppress(TypeError):
                 return Outcome(**failure)
         return outcome
 
-    def update(self, step: int | None = None, message: str | None = None, *, at_once: bool = False) -> None:
+    def update(
+        self,
+        step: int | None = None,
+        message: str | None = None,
+        *,
+        token_budget: int | None = None,
+        at_once: bool = False,
+    ) -> None:
         """Say how far the command is; it stands in `status.json` with the next heartbeat, or `at_once`."""
         if step is not None:
             self._status = replace(self._status, step=step)
         if message is not None:
             self._status = replace(self._status, message=message)
+        if token_budget is not None:
+            self._status = replace(self._status, token_budget=token_budget)
         if at_once and self._is_writer:
             self._write_status()
 

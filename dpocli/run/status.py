@@ -57,6 +57,8 @@ class Status:
     heartbeat: float
     launch: str = ""
     """Which processes belong together."""
+    token_budget: int | None = None
+    """Tokens of a training pass. After a start that ran out of memory the next one uses half."""
 
     @property
     def is_of_this_host(self) -> bool:
@@ -94,7 +96,7 @@ class StatusFile:
 
 def _makes_sense(status: Status) -> bool:
     """Whether the values are of the types that are written: anybody may have edited the file."""
-    numbers = (status.step, status.started, status.heartbeat)
+    numbers = (status.step, status.started, status.heartbeat, status.token_budget or 0)
     return (
         all(isinstance(text, str) for text in (status.command, status.state, status.message, status.host))
         and all(isinstance(number, int | float) for number in numbers)
@@ -182,4 +184,4 @@ def record_failure(directory: Path, outcome: Outcome, command: str, shard: str =
     if before is None or before.command != command or is_alive(before) or before.is_of_this_process:
         return
     with suppress(OSError, DpoError):
-        file.write(replace(new_status(command), step=before.step, **asdict(outcome)))
+        file.write(replace(new_status(command), step=before.step, token_budget=before.token_budget, **asdict(outcome)))

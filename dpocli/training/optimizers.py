@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dpocli.config.commands import TrainOptions
+from dpocli.config.training_options import OptimizerOptions
 from dpocli.errors import UsageError
 from dpocli.training.policy import Policy, local_part
 
@@ -15,7 +15,7 @@ STATE_BYTES: Mapping[str, float] = {"adamw": 8, "adamw-8bit": 2 + 2 * 4 / 256, "
 """Bytes of optimizer state per trained parameter; 8-bit moments share a float32 scale in blocks of 256."""
 
 
-def make_optimizer(policy: Policy, options: TrainOptions) -> torch.optim.Optimizer:
+def make_optimizer(policy: Policy, options: OptimizerOptions) -> torch.optim.Optimizer:
     """The optimizer of every parameter that is trained; the learning rate is set at every step.
 
     Raises:
@@ -23,12 +23,12 @@ def make_optimizer(policy: Policy, options: TrainOptions) -> torch.optim.Optimiz
     """
     parameters = [parameter for _, parameter in policy.master_weights]
     adam: dict[str, Any] = {
-        "lr": options.optimizer.learning_rate or 0.0,
-        "betas": (options.optimizer.adam_beta1, options.optimizer.adam_beta2),
-        "eps": options.optimizer.adam_epsilon,
-        "weight_decay": options.optimizer.weight_decay,
+        "lr": options.learning_rate or 0.0,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.weight_decay,
     }
-    match options.optimizer.name:
+    match options.name:
         case "adamw":
             # One kernel instead of a dozen passes over memory. It rounds once, so its last digit may differ from torch's loop
             # over parameters (measured: 1.5e-8 after 5 steps at a rate of 1e-3).
@@ -66,9 +66,9 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     group |= settings
 
 
-def state_bytes(policy: Policy, options: TrainOptions) -> float:
+def state_bytes(policy: Policy, options: OptimizerOptions) -> float:
     """Bytes of optimizer state on this process."""
-    return sum(local_part(p).numel() for _, p in policy.master_weights) * STATE_BYTES[options.optimizer.name]
+    return sum(local_part(p).numel() for _, p in policy.master_weights) * STATE_BYTES[options.name]
 
 
 def _counters_beside_parameters(optimizer: torch.optim.Optimizer, *_: object) -> None:

@@ -95,7 +95,7 @@ class Policy:
         scorer.compute_dtype = dtype
         saved = scorer.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
-        """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
+        """Not trained; saved with the model (a router's bias, for example)."""
         self.processes = processes
         self.is_sharded = options.model.shards > 1
         """Whether each process holds a part of every weight."""
@@ -129,15 +129,19 @@ class Policy:
         }
         return self._weight_tensors() | moments
 
-    def allocate_state(self, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-        """Tensors to read a checkpoint into: the master weights, and zeros for moments, sharded like the parameter."""
+    def allocate_state(self, optimizer: torch.optim.Optimizer, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+        """Tensors to read a checkpoint into: the master weights, and moments, in place where the optimizer has them."""
         parameters = dict(self.master_weights)
         tensors = self._weight_tensors()
         for entry, facts in stored.items():
             if not entry.startswith(OPTIMIZER):
                 continue
-            parameter = parameters[entry.removeprefix(OPTIMIZER).rpartition("/")[0]]
-            if facts.shape == parameter.shape:
+            name, _, key = entry.removeprefix(OPTIMIZER).rpartition("/")
+            parameter = parameters[name]
+            there = optimizer.state[parameter].get(key) if parameter in optimizer.state else None
+            if there is not None and (there.shape, there.dtype) == (facts.shape, facts.dtype):
+                tensors[entry] = there
+            elif facts.shape == parameter.shape:
                 tensors[entry] = torch.zeros_like(parameter, dtype=facts.dtype, requires_grad=False)
             else:
                 tensors[entry] = torch.zeros(facts.shape, dtype=facts.dtype)

@@ -70,7 +70,7 @@ def both(name: str, plain: Any, alone: Processes, **given: object) -> tuple[list
     model = build("llama-untied")
     ordinary = [parameter for _, parameter in copy.deepcopy(model).named_parameters()]
     policy = Policy(PairScorer(model), options(optimizer=name, **given), torch.float32, alone)
-    ours = make_optimizer(policy, options(optimizer=name, **given))
+    ours = make_optimizer(policy, options(optimizer=name, **given).optimizer)
     return moved(ours, [parameter for _, parameter in policy.master_weights]), moved(plain(ordinary), ordinary)
 
 
@@ -144,7 +144,7 @@ def test_allocated_state_changes_no_weight_no_gradient_and_no_later_step(name: s
         with torch.no_grad():
             whole_local = weights[0].to_local()  # type: ignore[operator]
             whole_local.view(-1)[:2] = torch.tensor([-0.0, 0.0])
-        return make_optimizer(policy, given), weights
+        return make_optimizer(policy, given.optimizer), weights
 
     (fresh, untouched), (allocated, weights) = start(), start()
     before = bits(weights)
@@ -173,25 +173,25 @@ def test_8_bit_moments_are_refused_where_they_are_not_available(
     with monkeypatch.context() as patch:
         patch.setattr(optimizers, "find_spec", lambda _: None)
         with pytest.raises(UsageError, match=r"pip install 'dpocli\[quantization\]'"):
-            make_optimizer(policy, given)
+            make_optimizer(policy, given.optimizer)
     pytest.importorskip("bitsandbytes")
     with monkeypatch.context() as patch:
         patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
         with pytest.raises(UsageError, match="no kernel for cpu"):
-            make_optimizer(policy, given)
+            make_optimizer(policy, given.optimizer)
     policy.is_sharded = True
     with pytest.raises(UsageError, match="do not end where shards do"):
-        make_optimizer(policy, given)
+        make_optimizer(policy, given.optimizer)
 
 
 @pytest.mark.parametrize("name", STATE_BYTES)
 def test_the_bytes_that_a_plan_counts(name: str, alone: Processes) -> None:
     policy = Policy(PairScorer(build("llama-untied")), options(optimizer=name), torch.float32, alone)
-    assert state_bytes(policy, options(optimizer=name)) == policy.num_parameters() * STATE_BYTES[name]
+    assert state_bytes(policy, options(optimizer=name).optimizer) == policy.num_parameters() * STATE_BYTES[name]
     if name != "adamw-8bit":  # which keeps small parameters in float32
-        optimizer = make_optimizer(policy, options(optimizer=name))
+        optimizer = make_optimizer(policy, options(optimizer=name).optimizer)
         moved(optimizer, [parameter for _, parameter in policy.master_weights])
         kept = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
         assert sum(value.numel() * value.element_size() for value in kept) == state_bytes(
-            policy, options(optimizer=name)
+            policy, options(optimizer=name).optimizer
         )
