@@ -12,77 +12,77 @@ from dpocli.cache.view import PairView
 from dpocli.config.commands import TrainOptions
 from dpocli.config.flags import values_of
 from dpocli.console.console import Printer
+from dpocli.distributed.processes import Processes
 from dpocli.model.load import dtype_name
 from dpocli.scoring.scorer import environment
 from dpocli.training.diagnostics import RunWarning, truncation, warnings_of
 from dpocli.training.model_selection import Evaluation, best, evaluations
+from dpocli.training.monitor import RunStats
 from dpocli.training.schedule import Schedule
-from dpocli.training.trainer import Trainer
+from dpocli.training.trainer import TrainSetup
 
 MetricRows = Sequence[Mapping[str, Any]]
 
 NO_BETTER = "no better than untrained"
 
 
-def facts(trainer: Trainer, rows: MetricRows, steps: int, model_step: int) -> dict[str, Any]:
-    """What a run did, found and took. To be called on every process.
+def run_facts(setup: TrainSetup, stats: RunStats, rows: MetricRows, steps: int, model_step: int) -> dict[str, Any]:
+    """What a run did, found and took. Collective.
 
     Args:
-        trainer: at the end of the run.
+        setup: of the run.
+        stats: at its end.
         rows: of `metrics.jsonl`.
         steps: optimizer steps done.
         model_step: the step whose weights are `OUT/model`.
     """
-    options, account, processes = trainer.options, trainer.account, trainer.processes
-    rate = trainer.throughput.share_of_the_rate(account.seconds_of_this_start("training"))
-    seconds = account.seconds("training")
-    pairs, tokens = _processed(trainer.schedule, trainer.view, steps)
+    options, processes, seconds = setup.options, setup.processes, stats.seconds("training")
+    pairs, tokens = _processed(setup.schedule, setup.training, steps)
     found = evaluations(rows)
     top = best([evaluation for evaluation in found if evaluation.step], options.held_out.keep_best or "loss")
     return {
         "steps": steps,
         "model_step": model_step,
-        "stopped_early": steps < trainer.schedule.num_steps,
+        "stopped_early": steps < setup.schedule.num_steps,
         "best": {"by": options.held_out.keep_best or "loss"} | asdict(top) if top else None,
-        "warnings": [asdict(warning) for warning in run_warnings(trainer, rows, found)],
-        "truncated_share": round(float(_truncated(trainer.view).mean()), 4),
-        "options": _resolved(trainer),
-        "environment": environment(processes.device) | _hardware(trainer),
-        "step0": account.notes.get("step0"),
-        "starts": account.starts,
-        "seconds": account.to_json()["seconds"],
+        "warnings": [asdict(warning) for warning in run_warnings(setup, rows, found)],
+        "truncated_share": round(float(_truncated(setup.training).mean()), 4),
+        "options": _resolved(setup),
+        "environment": environment(processes.device) | _hardware(processes),
+        "step0": stats.notes.get("step0"),
+        "starts": stats.starts,
+        "seconds": stats.to_json()["seconds"],
         "pairs_processed": pairs,
         "tokens_processed": tokens,
         "pairs_per_second": round(pairs / seconds, 2) if seconds else None,
         "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
-        "model_flop_utilisation": None if rate is None else round(rate, 4),
-        "peak_memory_bytes": max(processes.gather([account.peak_bytes])),
+        "peak_memory_bytes": max(processes.gather([stats.peak_bytes])),
     }
 
 
-def run_warnings(trainer: Trainer, rows: MetricRows, found: Sequence[Evaluation]) -> list[RunWarning]:
-    """All that were said in the course of the run, by whichever start of it, in the order of their steps."""
-    first = truncation_warning(trainer.view)
+def run_warnings(setup: TrainSetup, rows: MetricRows, found: Sequence[Evaluation]) -> list[RunWarning]:
+    """All warnings of the run, from every start of it, in the order of their steps."""
+    first = truncation_warning(setup.training)
     return [
         *([first] if first else []),
-        *warnings_of(rows, trainer.loss, trainer.schedule),
-        *_no_better(trainer, found),
+        *warnings_of(rows, setup.loss, setup.schedule),
+        *_no_better(setup.options, found),
     ]
 
 
 def truncation_warning(training: PairView) -> RunWarning | None:
-    """What is to be said of truncated pairs before the first step."""
+    """The warning of many truncated pairs, before the first step."""
     limit = training.store.fingerprint.settings.get("max_length")
     return truncation(int(_truncated(training).sum()), len(training), limit)
 
 
-def _no_better(trainer: Trainer, found: Sequence[Evaluation]) -> list[RunWarning]:
+def _no_better(options: TrainOptions, found: Sequence[Evaluation]) -> list[RunWarning]:
     """Where the untrained policy was the best of all, which cannot be kept: it is --model."""
-    by = trainer.options.held_out.keep_best
+    by = options.held_out.keep_best
     if by is None or len(found) < 2 or best(found, by) != found[0] or found[0].step != 0:
         return []
     text = (
-        f"No evaluation was better than that of the untrained policy (held-out {by}); OUT/model is the best of those after "
+        f"No evaluation was better than that of the untrained policy (held-out {by}); OUT/model is the best after "
         "it. Try a lower --learning-rate, and look at whether held-out and training pairs are of one kind."
     )
     return [RunWarning(NO_BETTER, found[-1].step, text)]
@@ -106,19 +106,19 @@ def _processed(schedule: Schedule, view: PairView, steps: int) -> tuple[int, int
     return epochs * len(view) + len(last), epochs * int(tokens.sum()) + int(tokens[last].sum())
 
 
-def _resolved(trainer: Trainer) -> dict[str, Any]:
-    """The options, with what stood for "choose for me" filled in."""
-    return values_of(trainer.options) | {
-        "loss": str(trainer.loss),
-        "beta": trainer.loss.ranked_by.beta,
-        "batch_size": trainer.schedule.batch_size,
-        "token_budget": trainer.policy.scorer.packing.token_budget,
-        "dtype": dtype_name(trainer.policy.scorer.compute_dtype),
+def _resolved(setup: TrainSetup) -> dict[str, Any]:
+    """The options, with defaults that were chosen by the run filled in."""
+    return values_of(setup.options) | {
+        "loss": str(setup.loss),
+        "beta": setup.loss.ranked_by.beta,
+        "batch_size": setup.schedule.batch_size,
+        "token_budget": setup.policy.scorer.packing.token_budget,
+        "dtype": dtype_name(setup.policy.scorer.compute_dtype),
     }
 
 
-def _hardware(trainer: Trainer) -> dict[str, Any]:
-    hosts = trainer.processes.gather([socket.gethostname()])
+def _hardware(processes: Processes) -> dict[str, Any]:
+    hosts = processes.gather([socket.gethostname()])
     return {"processes": len(hosts), "hosts": len(set(hosts)), "cpus": os.cpu_count()}
 
 
@@ -135,6 +135,4 @@ def render(printer: Printer, summary: Mapping[str, Any], options: TrainOptions) 
         rows,
     )
     if options.held_out.keep_best:
-        printer.say(
-            f"It is the best by held-out {options.held_out.keep_best} of the {summary['steps']:,} steps that were done."
-        )
+        printer.say(f"It is the best by held-out {options.held_out.keep_best} of {summary['steps']:,} steps.")

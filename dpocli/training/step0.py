@@ -20,7 +20,7 @@ from dpocli.errors import NumericsError
 from dpocli.model.identity import ModelIdentity
 from dpocli.scoring.passes import FILLER, my_passes, score
 from dpocli.scoring.scorer import PairScorer, environment
-from dpocli.training.policy import Policy
+from dpocli.training.trainer import TrainSetup
 
 NUM_DRAWN, NUM_LONGEST = 32, 4
 
@@ -79,7 +79,7 @@ def measure(
 ) -> Step0:
     """Scores the pairs at some positions (`chosen_positions`) with the live model, beside their cached values.
 
-    The model is taken as it is: the caller sees to it that no dropout is on.
+    The caller switches dropout off.
     """
     found: list[Difference] = []
     with torch.no_grad():
@@ -118,20 +118,22 @@ def chosen_positions(view: PairView, seed: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate([drawn, longest]))
 
 
-def check_step0(
-    options: TrainOptions,
-    policy: Policy,
-    training: PairView,
-    start: ModelIdentity,
-    dtype: torch.dtype,
-    processes: Processes,
-    console: Console,
-) -> Step0:
-    """Binding where the policy starts as the reference; else the difference is information."""
-    tolerance = options.policy.step0_tolerance or TOLERANCE[dtype]
+def check_step0(setup: TrainSetup, start: ModelIdentity, console: Console) -> Step0:
+    """Compare the policy with the cache: binding where it starts as the reference, else information.
+
+    Args:
+        setup: of the run, before its first step.
+        start: the model that it starts from.
+        console: for the result.
+
+    Raises:
+        NumericsError: the policy's log-probs are not finite, or not those of the cache.
+    """
+    options, policy, training = setup.options, setup.policy, setup.training
+    tolerance = options.policy.step0_tolerance or TOLERANCE[policy.scorer.compute_dtype]
     with policy.eval_mode():
         positions = chosen_positions(training, options.seed)
-        found = measure(policy.scorer, training, positions, tolerance, processes)
+        found = measure(policy.scorer, training, positions, tolerance, policy.processes)
     if not np.isfinite(found.mean):
         raise NumericsError(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
@@ -148,12 +150,12 @@ def check_step0(
     if not found.holds:
         differing = [
             *config_differences(reference, start),
-            *information_differences(reference, environment(processes.device, policy.scorer)),
+            *information_differences(reference, environment(policy.processes.device, policy.scorer)),
         ]
         raise NumericsError(
             f"Step-0 check: the policy has the reference's weights but not its log-probs: {found}. Differs from when "
             f"the cache was written: {'; '.join(differing) or 'nothing that is recorded'}. Train with the cache's "
-            "--dtype, write the cache anew here, or allow more with --step0-tolerance."
+            "--dtype, rebuild the cache here, or allow more with --step0-tolerance."
         )
     return found
 
