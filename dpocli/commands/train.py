@@ -9,8 +9,7 @@ from dpocli.checkpoint.retention import latest
 from dpocli.checkpoint.state import Content
 from dpocli.commands.pairs import Inputs, check_inputs
 from dpocli.commands.resume import check_same_content, finished_summary
-from dpocli.commands.run_summary import no_better_warning, render, truncation_warning
-from dpocli.commands.train_outputs import write_outputs
+from dpocli.commands.train_outputs import no_better_warning, render, truncation_warning, write_outputs
 from dpocli.commands.train_setup import identify, provenance_of, set_up
 from dpocli.config.commands import TrainOptions
 from dpocli.console.console import Console

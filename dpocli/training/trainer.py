@@ -33,9 +33,6 @@ from dpocli.training.gradients import GlobalBatch, Gradients, MicroBatch, Step
 from dpocli.training.policy import Policy
 from dpocli.training.schedule import Schedule, learning_rates
 
-ROWS_NAMED = 10
-"""Source rows that a message lists."""
-
 
 @dataclass(frozen=True, slots=True)
 class TrainSetup:
@@ -126,7 +123,7 @@ class Trainer:
             metrics = pair_metrics(output, logps, weights)
         if not np.isfinite(metrics["loss"]):
             raise NumericsError(
-                f"Step {step}: the loss is not finite, in {_rows_of(view, positions, output.losses)}. "
+                f"Step {step}: the loss is not finite, in {view.describe_rows(_not_finite(positions, output.losses))}. "
                 f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
                 "--dtype float32."
             )
@@ -157,7 +154,7 @@ class Trainer:
         metrics = pair_metrics(output, logps, self._weights(view, positions))
         if not np.isfinite(metrics["loss"]):
             raise NumericsError(
-                f"The held-out loss is not finite, in {_rows_of(view, positions, output.losses)}: the last update broke "
+                f"The held-out loss is not finite, in {view.describe_rows(_not_finite(positions, output.losses))}: the last update broke "
                 "the policy, or a held-out pair is extreme. Look at those rows; else train with a lower --learning-rate in "
                 "another --out, or try --dtype float32."
             )
@@ -285,7 +282,7 @@ class Trainer:
         if not np.isfinite(grad_norm):
             raise NumericsError(
                 f"Step {step}: the gradient is not finite although the loss is, over "
-                f"{_rows_of(self.setup.training, positions)}. The weights are those of step {step - 1}. Try a lower "
+                f"{self.setup.training.describe_rows(positions)}. The weights are those of step {step - 1}. Try a lower "
                 "--learning-rate, or --dtype float32."
             )
         rate = self._learning_rate(step)
@@ -296,10 +293,5 @@ class Trainer:
         return {"grad_norm": grad_norm, "learning_rate": rate}
 
 
-def _rows_of(view: PairView, positions: NDArray[np.int64], pair_losses: Tensor | None = None) -> str:
-    """The pairs whose loss is not finite, or all of them where no losses are given, by their source rows."""
-    if pair_losses is not None:
-        positions = positions[~np.isfinite(pair_losses.detach().cpu().numpy())]
-    rows = np.sort(view.store.columns.rows[view.members[positions]])
-    more = f" and {len(rows) - ROWS_NAMED:,} more" if len(rows) > ROWS_NAMED else ""
-    return f"the pairs of source rows {', '.join(map(str, rows[:ROWS_NAMED])) or '?'}{more}"
+def _not_finite(positions: NDArray[np.int64], pair_losses: Tensor) -> NDArray[np.int64]:
+    return positions[~np.isfinite(pair_losses.detach().cpu().numpy())]

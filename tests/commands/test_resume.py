@@ -370,7 +370,7 @@ def test_rows_that_are_gone_are_told(kept: int, gone: str, stopped: Path, line: 
     path = stopped / "metrics.jsonl"
     rows = path.read_text().splitlines(keepends=True)
     path.write_text("".join(rows[:kept])) if kept else path.unlink()
-    which = "those of steps 1 to 2" if not kept else "those of steps 2"
+    which = "steps 1 to 2" if not kept else "steps 2"
     result = dpocli(*line, "--out", stopped)
     assert_goes_on(result, 2, "warning:", path, gone, which, "lost for --keep-best")
     shutil.rmtree(stopped / "model")
