@@ -24,7 +24,7 @@ from dpocli.training.loop import train_loop
 from dpocli.training.monitor import Monitor, RunStats, check_trackers
 from dpocli.training.plan import Plan
 from dpocli.training.rehearsal import memory_of
-from dpocli.training.step0 import check_step0
+from dpocli.training.step0 import check_step0, first_batch_check
 from dpocli.training.token_budget import choose_token_budget, reporting_shortage
 from dpocli.training.trainer import Trainer
 
@@ -79,7 +79,9 @@ def run(options: TrainOptions, console: Console) -> None:
             console.say(f"Resuming after step {done} of {setup.schedule.num_steps}.")
         else:
             if store.has_reference:
-                stats.notes["step0"] = asdict(check_step0(setup, identity, console))
+                found = check_step0(setup, identity, console)
+                stats.notes["step0"] = asdict(found)
+                trainer.check_first_batch = first_batch_check(setup, found)
             if warning := truncation_warning(setup.training):
                 console.warn(warning.text)
         # Only now: a start that was refused may be repeated with other settings in the same directory.

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from dpocli.config.commands import TrainOptions
+from dpocli.distributed.processes import StopRequest
 from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, PreemptedError
 from dpocli.run.directory import RunDirectory
 from dpocli.training.model_selection import ModelSelection
 from dpocli.training.monitor import Monitor
-from dpocli.training.trainer import StopRequest, Trainer
+from dpocli.training.trainer import Trainer
 
 
 def train_loop(trainer: Trainer, done: int, out: RunDirectory, stop: StopFlag, monitor: Monitor) -> int:

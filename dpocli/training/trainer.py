@@ -1,5 +1,6 @@
 """One optimizer step, a held-out evaluation, and the checkpoints between them."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -17,15 +18,13 @@ from dpocli.checkpoint.state import Content, DamagedCheckpointError, Spent, Stat
 from dpocli.config.commands import TrainOptions
 from dpocli.config.loss_expression import LossChoice
 from dpocli.console.console import Console
-from dpocli.distributed.processes import Processes
+from dpocli.distributed.processes import Processes, StopRequest
 from dpocli.distributed.shared_filesystem import appears
-from dpocli.distributed.signals import StopFlag
 from dpocli.errors import NumericsError, UsageError
 from dpocli.model.save import Provenance
 from dpocli.objective import losses
-from dpocli.objective.logps import LogpColumns
+from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.objective.metrics import pair_metrics
-from dpocli.run.directory import RunDirectory
 from dpocli.scoring.passes import FILLER, my_passes, score
 from dpocli.scoring.throughput import Throughput
 from dpocli.scoring.token_logps import pair_logps
@@ -57,19 +56,6 @@ class TrainSetup:
 
 
 @dataclass(frozen=True, slots=True)
-class StopRequest:
-    """A signal, or the file OUT/stop."""
-
-    flag: StopFlag
-    out: RunDirectory
-    processes: Processes
-
-    def agreed(self) -> bool:
-        """Whether any process was asked to stop. Collective."""
-        return self.processes.any(bool(self.flag) or self.out.stop_requested())
-
-
-@dataclass(frozen=True, slots=True)
 class StepOutcome:
     """What one step did, the same on every process."""
 
@@ -92,6 +78,8 @@ class Trainer:
         self.setup, self.content, self._provenance = setup, content, provenance
         self.loss_states: losses.States = {}
         """What losses with a memory remember of the steps so far."""
+        self.check_first_batch: Callable[[PairLogps, NDArray[np.int64]], None] | None = None
+        """Gets the log-probs of the first batch before the first update, and raises where they cannot be."""
         self.throughput = Throughput(setup.policy.scorer, backward=True)
         self.last_finite_step = 0
         """The last step whose weights are known to have given a finite loss and a finite gradient: the next is done."""
@@ -127,6 +115,8 @@ class Trainer:
                 f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
                 "--dtype float32."
             )
+        if step == 1 and self.check_first_batch:
+            self.check_first_batch(logps, positions)
         metrics |= self._update(step, positions)
         self.last_finite_step = step - 1
         self.loss_states = states
@@ -294,4 +284,5 @@ class Trainer:
 
 
 def _not_finite(positions: NDArray[np.int64], pair_losses: Tensor) -> NDArray[np.int64]:
-    return positions[~np.isfinite(pair_losses.detach().cpu().numpy())]
+    kept: NDArray[np.int64] = positions[~np.isfinite(pair_losses.detach().cpu().numpy())]
+    return kept
