@@ -17,7 +17,7 @@ from dpocli.scoring.scorer import PairScorer
 from dpocli.training import eight_bit
 from dpocli.training.optimizers import STATE_BYTES, make_optimizer, state_bytes
 from dpocli.training.policy import Policy
-from tests.tiny_models import build
+from tests.support.tiny_models import build
 
 RATE = 1e-3
 STEPS = 6

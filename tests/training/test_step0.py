@@ -14,8 +14,8 @@ from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.distributed.processes import Processes
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training import step0
-from tests.pairs import random_pairs
-from tests.tiny_models import build
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import build
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -17,8 +17,8 @@ from dpocli.scoring.scorer import PairScorer
 from dpocli.training import token_budget
 from dpocli.training.policy import Policy
 from dpocli.training.token_budget import MOST_TOKENS, PROBED_TOKENS, SHARE, STEP, Device, fitting, set_token_budget
-from tests.pairs import random_pairs
-from tests.tiny_models import build
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import build
 
 BASE, PER_TOKEN = 50_000_000, 2_000
 BEFORE = 1_000
