@@ -12,8 +12,9 @@ import pytest
 from dpocli.commands import evaluate, finished_evaluation
 from dpocli.errors import ExitCode, NumericsError
 from tests.commands.broken_inputs import replace_json
-from tests.commands.conftest import HELD_OUT, MODEL, Run, quiet, start_held
+from tests.commands.conftest import HELD_OUT, MODEL, Run, quiet
 from tests.commands.test_evaluate_checkpoints import change_config, change_weights
+from tests.commands.warm_workers import Worker
 
 
 @pytest.fixture
@@ -183,9 +184,7 @@ def test_a_failure_leaves_no_results_and_the_next_start_makes_them(
 def test_one_that_is_killed_is_made_from_the_start(
     line: tuple[object, ...], tmp_path: Path, dpocli: Run, method: str, stop: signal.Signals
 ) -> None:
-    process = start_held(method, 1, *line)
-    process.send_signal(stop)
-    process.communicate()
+    Worker.start_held(method, 1, line, tmp_path / "log").end(stop)
     is_finished = method == "pathlib:Path.rmdir"
     assert (tmp_path / "r" / "metrics.json").exists() is is_finished
     before = content(tmp_path / "r")

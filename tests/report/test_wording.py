@@ -5,7 +5,7 @@ import pytest
 from dpocli.config.loss_expression import LossChoice
 from dpocli.report.tables import figure_lines, gate_lines, model_lines
 from dpocli.report.wording import between, headline, models_in_order, number, percent, points, points_beside_0
-from tests.reports import made_up_report, made_up_table
+from tests.support.reports import made_up_report, made_up_table
 
 TABLE = made_up_table()
 
