@@ -252,7 +252,7 @@ def test_a_run_goes_on_with_the_same_bits(
         assert not (disturbed / "model").exists()
         second = dpocli(*line, "--out", disturbed)
         assert second.code == 0, second.err
-        assert f"Going on after step {last} of 6" in second.err
+        assert f"Resuming after step {last} of 6" in second.err
         assert metrics_of(disturbed) == metrics_of(undisturbed)
         for file in ("dpocli.json", "model.safetensors"):
             assert (disturbed / "model" / file).read_bytes() == (undisturbed / "model" / file).read_bytes()

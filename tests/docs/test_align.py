@@ -304,5 +304,5 @@ def test_slurm_training_resumes_when_requeued(real_cluster, monkeypatch):
         assert found["state"] == "preempted", said
         assert len(real_cluster.calls("scontrol")) == attempt
         assert int(str(found["step"])) > last_step
-        assert (f"Going on after step {last_step} of 15000." in said) is (attempt == 2)
+        assert (f"Resuming after step {last_step} of 15000." in said) is (attempt == 2)
         last_step = int(str(found["step"]))
