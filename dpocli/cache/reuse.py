@@ -43,7 +43,7 @@ class Reusable:
             differences += changes("dtype", store.fingerprint.dtype, wanted.dtype)
             if differences:
                 raise CacheError(
-                    f"--reuse {directory}: its values are not those of this reference ({'; '.join(differences)}). Leave it "
+                    f"--reuse {directory}: its values come from another reference ({'; '.join(differences)}). Leave it "
                     "out, or give the model and --dtype that it was made with."
                 )
             stores.append(store)

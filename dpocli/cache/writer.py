@@ -13,7 +13,7 @@ from dpocli.cache.columns import PairColumns
 from dpocli.cache.fingerprint import Fingerprint, compare, compare_references
 from dpocli.cache.kept_columns import KeptType
 from dpocli.cache.part import OpenPart, open_part, write_part
-from dpocli.cache.schema import DamagedPartError, PartFooter, Tile, cache_schema, tiles
+from dpocli.cache.schema import DamagedPartError, PartFooter, Tile, tiles
 from dpocli.console.console import Console
 from dpocli.data.preference import EncodedPair, ReferenceLogps, Skipped, SkipReason
 from dpocli.errors import CacheError, DpoError, NumericsError
@@ -31,9 +31,6 @@ class CacheWriter:
         fingerprint: of the values to be written.
         kept: types of the kept columns.
         console: for warnings about damaged parts.
-
-    Raises:
-        UsageError: a kept column has the name of a column of the cache.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class CacheWriter:
         self._console = console or Console()
         self._strays: frozenset[str] = frozenset()
         """Names of a few parts with other settings: copied here by mistake, and rewritten."""
-        cache_schema(self._kept)
 
     def prepare(self) -> None:
         """Create the directory, and remove what killed writers left in it. Raises UsageError if it cannot be written."""

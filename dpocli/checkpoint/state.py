@@ -28,7 +28,7 @@ class DamagedCheckpointError(UsageError):
 
     def __str__(self) -> str:
         return (
-            f"{self.why} Remove that directory: the same command line then goes on from the checkpoint before it, or from "
+            f"{self.why} Remove that directory: the same command then resumes from the checkpoint before it, or from "
             "the start."
         )
 
@@ -40,7 +40,7 @@ class _Part(BaseModel):
 
 
 class Content(_Part):
-    """What a run is made from, told by content: what must not change between its starts.
+    """What a run is made from, identified by content: what must not change between its starts.
 
     Where the weights of a full run come from a checkpoint, other files of --model are refused all the same: parts that
     are not trained (an adapter's base, buffers) come from there, and one rule for all is easier to trust than three.
@@ -69,7 +69,7 @@ class Content(_Part):
         )
 
     def differences(self, now: "Content") -> list[str]:
-        """What stands there now and is not what the run was made from until now, in words; nothing for equals."""
+        """What is there now and differs from what the run was made from until now, as phrases; none for equals."""
         found = []
         if self.model_weights not in (None, now.model_weights):
             found.append("the weights of --model (or of its adapter)")
@@ -148,7 +148,7 @@ class State(Content):
         if path.name != f"step-{self.step}":
             raise UsageError(
                 f"{path}: its {STATE_NAME} says that it was written after step {self.step}. Give the directory the name "
-                f"step-{self.step} again, or remove it; the same command line then goes on."
+                f"step-{self.step} again, or remove it; the same command then resumes."
             )
         if self.step > num_steps:
             raise UsageError(

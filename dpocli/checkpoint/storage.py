@@ -178,7 +178,7 @@ def _not_written(path: Path) -> Iterator[None]:
             raise translated_file_error(cause, f"Writing {path}") from error
         if isinstance(cause, SafetensorError):  # it wraps the errors of the file system
             raise ResourceError(
-                f"Writing {path}: {brief_message(cause)}. Make room on the disk; the same command line goes on from the "
+                f"Writing {path}: {brief_message(cause)}. Make room on the disk; the same command resumes from the "
                 "checkpoint before."
             ) from error
         raise
@@ -228,7 +228,7 @@ def _check_files(path: Path, state: State) -> None:
 def _no_damage(error: BaseException, path: Path) -> BaseException | None:
     """What is to be raised where reading the checkpoint `path` failed and it may be whole all the same; else None.
 
-    That is so where memory or open files ran out, another process is gone, or the disk or rights are at fault.
+    That is so where memory or open files ran out, another process was lost, or the disk or rights are at fault.
     """
     causes = _causes(error)
     if short := next((cause for cause in causes if is_out_of_memory(cause) or is_lost_peer(cause)), None):

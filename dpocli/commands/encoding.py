@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from dpocli.cache.kept_columns import KeptType, kept_types
-from dpocli.cache.schema import Tile
+from dpocli.cache.schema import Tile, cache_schema
 from dpocli.cache.writer import CacheWriter
 from dpocli.config.options import DataOptions
 from dpocli.console.console import Console
@@ -157,5 +157,11 @@ def _first_of(examples: Sequence[Skipped]) -> str:
 
 
 def types_of_kept(rows: SourceRows, names: Sequence[str]) -> dict[str, KeptType]:
-    """The types of the columns of `--keep-columns`."""
-    return kept_types((raw.fields for raw in rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields), names)
+    """The types of the columns of `--keep-columns`.
+
+    Raises:
+        UsageError: one has the name of a column of the cache.
+    """
+    kept = kept_types((raw.fields for raw in rows.read(0, ROWS_THAT_DECIDE_TYPES) if raw.fields), names)
+    cache_schema(kept)
+    return kept

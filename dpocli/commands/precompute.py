@@ -3,7 +3,7 @@
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpocli.cache.fingerprint import build_fingerprint, compare
+from dpocli.cache.kept_columns import KeptType
 from dpocli.cache.reader import PairStore
 from dpocli.cache.reuse import Reusable
 from dpocli.cache.schema import Tile
@@ -46,6 +47,8 @@ class PrecomputeJob:
     model: ModelFiles
     tokenizer: PreTrainedTokenizerBase
     rows: SourceRows
+    kept: Mapping[str, KeptType]
+    """Types of the columns of `--keep-columns`."""
     team: Processes
     """The processes that share one copy of the model with this one."""
     hash_memory: HashMemory
@@ -61,9 +64,10 @@ class PrecomputeJob:
         model = resolve_model(options.model)
         tokenizer = load_tokenizer(model, options.model)
         rows, team = open_rows(options.data), processes.team(options.model.shards)
+        kept = types_of_kept(rows, options.data.keep_columns)
         check_out(options.out, "precompute")
         hash_memory = HashMemory(options.out / HASH_MEMORY_NAME)
-        return cls(options, console, dtype, model, tokenizer, rows, team, hash_memory)
+        return cls(options, console, dtype, model, tokenizer, rows, kept, team, hash_memory)
 
     def writer(self) -> CacheWriter:
         """The writer of the cache. Hashes the model."""
@@ -79,8 +83,7 @@ class PrecomputeJob:
             information=environment(self.team.device),
             hash_memory=self.hash_memory,
         )
-        kept = types_of_kept(self.rows, options.data.keep_columns)
-        return CacheWriter(options.out, fingerprint, kept, self.console)
+        return CacheWriter(options.out, fingerprint, self.kept, self.console)
 
     def reference(self, writer: CacheWriter) -> Reference:
         """The reference model, which is loaded when it is first needed."""

@@ -1,4 +1,4 @@
-"""Whether a run directory holds the same run: to go on with, finished already, or another one."""
+"""Whether a run directory holds the same run: unfinished, finished, or another one."""
 
 import os
 from collections.abc import Mapping
@@ -51,7 +51,7 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
     if differing:
         raise UsageError(
             f"--out {options.out}: it holds a run with other settings ({'; '.join(differing)}). Give another directory, or "
-            "the settings of that run to go on with it."
+            "the settings of that run to resume it."
         )
     summary = read_json(options.out / "summary.json")
     if not isinstance(summary, dict) or not (options.out / "model").is_dir():
@@ -62,7 +62,7 @@ def finished_summary(options: TrainOptions) -> dict[str, Any] | None:
 def check_same_content(options: TrainOptions, summary: Mapping[str, Any], model: ModelFiles) -> None:
     """Raises UsageError where a finished run was made with other pairs or another model than stand there now.
 
-    What is gone since is not asked for: a cache may be deleted when all is done.
+    What was removed since is not compared: a cache may be deleted when all is done.
     """
     found = []
     memory = HashMemory(options.out / HASH_MEMORY_NAME)
@@ -94,7 +94,7 @@ def _has_same_held_out(directory: Path, summary: Mapping[str, Any]) -> bool:
 
 
 def _pairs_digest(options: TrainOptions, model: ModelFiles) -> str | None:
-    """Names the training pairs that stand there now; None where they are gone."""
+    """Names the training pairs that stand there now; None where they were removed."""
     if options.reference:
         return PairStore.open(options.reference).fingerprint.digest if options.reference.is_dir() else None
     try:

@@ -144,7 +144,7 @@ _F_ALPHA_ALONE = "--f-alpha: only the alpha divergence uses it; give --f-diverge
 def _term(
     name: str, weight: float, given: Mapping[str, Value], own: Mapping[str, Value], known: LossTerm | None
 ) -> LossTerm:
-    """Fill in every number: the term's own before `given`, before those of `known`, before the paper's."""
+    """Fill in every number: the term's own before `given`, before the numbers of `known`, before the paper's."""
     spec = CATALOGUE[name]
     before = known.hyperparameters if known else {}
     if unknown := sorted(before.keys() - spec.accepts.keys()):

@@ -59,7 +59,7 @@ class Evaluated:
 
 
 def report_of(models: Sequence[Evaluated]) -> dict[str, Any]:
-    """The figures of the first model, then those of each model, and the comparisons."""
+    """The figures of the first model, then the figures of each model, and the comparisons."""
     first = models[0]
     found = [_of_model(model) for model in models]
     sources = first.table.column("source")

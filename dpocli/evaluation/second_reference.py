@@ -25,7 +25,7 @@ def add_second_reference(
 ) -> dict[str, Any]:
     """Compute the figures over the pairs that both caches have, and add their columns to the table, NaN for other pairs.
 
-    Rewards are those of the model's first loss. They are left out where it looks at no reference, or at more of it than its
+    Rewards are by the model's first loss. They are left out where it looks at no reference, or at more of it than its
     sums (LD-DPO's tails).
 
     Args:

@@ -53,7 +53,7 @@ def _check_merged(alone: Tensor | None, adapted: Tensor | None, merged: Tensor |
     effect, difference = _distance(adapted, alone), _distance(adapted, merged)
     if not difference <= _ROUNDING + _SHARE * effect:
         raise NumericsError(
-            f"--merge: the log-probs of the merged model are {difference:.2g} nats off those of the model with its adapter, and the "
+            f"--merge: the log-probs of the merged model are {difference:.2g} nats off the log-probs of the model with its adapter, and the "
             f"adapter changes them by {effect:.2g}. {_use(adapter)}"
         )
 

@@ -19,7 +19,7 @@ FEW_PROMPTS = 100
 MOST_COMPARISONS = 3
 """Comparisons in the headline, the first ones; the table has all."""
 
-NOT_TOLD_APART = "not told apart"
+NOT_DISTINGUISHABLE = "not distinguishable"
 
 MOST = 0.5
 """Share of pairs beyond which ties, or margins within rounding, leave nothing to conclude."""
@@ -79,7 +79,7 @@ def _sentence(report: Report) -> str:
 def _verdict(report: Report) -> str:
     """Against a coin, by the accuracy in which a tie counts half: as wrong, a model that ties often would look worse."""
     verdict = verdict_on(report.get(_TIES_HALF_INTERVAL), level=0.5)
-    return "open" if undecided(report) or verdict == NOT_TOLD_APART else verdict
+    return "open" if undecided(report) or verdict == NOT_DISTINGUISHABLE else verdict
 
 
 def _against_chance(report: Report, verdict: str) -> str:
@@ -101,7 +101,7 @@ def _against_chance(report: Report, verdict: str) -> str:
     if report.get("rewards/ties"):
         interval += " with a tie as half right"
     if verdict == "open":
-        return f"It cannot be told from tossing a coin: 50% lies within the interval, {interval}."
+        return f"It cannot be distinguished from tossing a coin: 50% lies within the interval, {interval}."
     side = "above" if verdict == "better" else "below"
     return f"It ranks such pairs {verdict} than a coin would: the whole interval, {interval}, lies {side} 50%."
 
@@ -113,10 +113,10 @@ def _against_length(report: Report, verdict: str) -> list[str]:
         return []
     rule = f"always picking the {found['rule']} answer, which is right in {percent(found['rule_accuracy'])}"
     by = f"{points(found['value'])} points, 95% interval {between(found['interval'], points_beside_0)}"
-    if (than_rule := verdict_on(found["interval"])) != NOT_TOLD_APART:
+    if (than_rule := verdict_on(found["interval"])) != NOT_DISTINGUISHABLE:
         return [f"It does {than_rule} than {rule}: {by}."]
     if verdict == "better":
-        return [f"Length alone is not ruled out as the reason: it cannot be told from {rule}: {by}."]
+        return [f"Length alone is not ruled out as the reason: it cannot be distinguished from {rule}: {by}."]
     return []
 
 
@@ -130,8 +130,8 @@ def _comparison(report: Report, entry: Report) -> str:
     against = f"{entry['against']}{', which ties as the reference itself does' if ties_throughout(other) else ''}"
     pairs, interval = counted(entry["pairs"], "pair"), between(bounds, points_beside_0)
     by = f"{points(entry['accuracy_difference'])} points on the same {pairs}, 95% interval {interval}"
-    if (verdict := verdict_on(bounds)) == NOT_TOLD_APART:
-        return f"{entry['model']} cannot be told from {against}: {by}."
+    if (verdict := verdict_on(bounds)) == NOT_DISTINGUISHABLE:
+        return f"{entry['model']} cannot be distinguished from {against}: {by}."
     return f"{entry['model']} ranks {'more' if verdict == 'better' else 'fewer'} pairs right than {against}: {by}."
 
 
@@ -197,7 +197,7 @@ def undecided(figures: Report) -> bool:
 
     Rounding has no direction: where it could turn most margins one by one, it still does not make 80% of them positive.
     """
-    on_a_side = verdict_on(figures.get(_TIES_HALF_INTERVAL), level=0.5) != NOT_TOLD_APART
+    on_a_side = verdict_on(figures.get(_TIES_HALF_INTERVAL), level=0.5) != NOT_DISTINGUISHABLE
     return ties_throughout(figures) or (figures["rewards/within_noise"] > MOST and not on_a_side)
 
 
@@ -213,9 +213,9 @@ def describe_reward(report: Report) -> str:
 
 
 def verdict_on(bounds: Sequence[float | None] | None, level: float = 0.0) -> str:
-    """Which side of a level an interval is on: "better", "worse", or "not told apart"."""
+    """Which side of a level an interval is on: "better", "worse", or "not distinguishable"."""
     if not bounds or bounds[0] is None or bounds[1] is None or bounds[0] <= level <= bounds[1]:
-        return NOT_TOLD_APART
+        return NOT_DISTINGUISHABLE
     return "better" if bounds[0] > level else "worse"
 
 

@@ -90,7 +90,7 @@ def choose_layout(
         trial = LayoutTrial(scorer, pairs, processes, gradient)
         if found := trial.padded_mismatch():
             raise NumericsError(
-                f"--model: its log-probs are not those of the forward pass of {scorer.model.config.model_type} in transformers, "
+                f"--model: its log-probs differ from the forward pass of {scorer.model.config.model_type} in transformers, "
                 f"in the {found}; with padding, in the {padded}. It cannot be used: try another --dtype, or report this."
             )
         rejected.append(f"padded: log-probs differ in the {padded}")

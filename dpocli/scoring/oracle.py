@@ -94,7 +94,7 @@ def _parts(values: Tensor) -> Iterator[tuple[str, Tensor]]:
 def worst_region(
     differences: Sequence[SideLogps], noise: Sequence[SideLogps], is_first_in_row: Sequence[bool], limit: float
 ) -> str | None:
-    """The region whose mean |difference| is beyond what rounding explains, in words; None if there is none.
+    """The region whose mean |difference| is beyond what rounding explains, as a phrase; None if there is none.
 
     The limit of a region is the larger of `limit` and twice the measured noise there, raised by the error of a mean over few
     tokens.

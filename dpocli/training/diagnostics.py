@@ -1,6 +1,6 @@
-"""What is wrong with a run, in words, each thing once, and what to try.
+"""Warnings about a run, each once, and what to try.
 
-A function of the rows of `metrics.jsonl`: whoever reads the rows of a run again comes to the same warnings. Figures of
+A function of the rows of `metrics.jsonl`: who reads the rows of a run again comes to the same warnings. Figures of
 single batches are noise, so that a warning needs several rows that agree; fewer than 20 rows are left in peace.
 """
 
@@ -15,7 +15,7 @@ from dpocli.config.loss_expression import LossChoice
 from dpocli.training.schedule import Schedule
 
 WINDOW, LARGEST_WINDOW, SHARE_OF_RUN = 10, 100, 0.02
-"""Rows whose median stands for "now"; more in long runs, where each step is a chance to be wrong. Before twice as many
+"""Rows whose median is "now"; more in long runs, where each step is a chance to be wrong. Before twice as many
 nothing is said of how a run goes."""
 
 FALL_NATS = 5.0
@@ -25,7 +25,7 @@ FALL_OF_MARGIN = 0.25
 """… and which share of the margin's gain that must be: else it is the rejected answers that move."""
 
 STANDARD_ERRORS, MEDIAN_ERROR = 3.0, 1.25
-"""By which the fall must exceed both; the standard error of a median, in those of a mean."""
+"""By which the fall must exceed both; the standard error of a median, in standard errors of a mean."""
 
 CERTAIN_PAIRS, CERTAIN_ROWS = 100, 3
 """Pairs, in so many rows from the second step on, that are all ranked right when they are seen for the first time."""
@@ -79,7 +79,7 @@ class Diagnostics:
 
     Args:
         loss: which warnings make sense depends on it.
-        schedule: how many pairs a row stands for, and how many steps there are to be.
+        schedule: how many pairs a row covers, and how many steps there are to be.
     """
 
     def __init__(self, loss: LossChoice, schedule: Schedule) -> None:
@@ -209,7 +209,7 @@ class Diagnostics:
         if abs(loss - math.log(2)) > NEAR_LN_2 or farthest > ALL_NEAR_LN_2 or abs(margin) > SMALL_MARGIN:
             return None
         return (
-            f"The loss still stands at ln 2 ({loss:.4f}), where it began: the policy does not move away from the reference. "
+            f"The loss is still at ln 2 ({loss:.4f}), where it began: the policy does not move away from the reference. "
             "Try a higher --learning-rate (ten times, say); if that changes nothing, look at whether the two sides of the "
             "pairs differ in more than a few tokens."
         )
@@ -268,6 +268,6 @@ def truncation(num_truncated: int, num_pairs: int, max_length: int | None) -> Ru
         "many truncated pairs",
         0,
         f"{num_truncated:,} of {num_pairs:,} training pairs ({num_truncated / num_pairs:.0%}) were cut{limit}: what makes "
-        "the one side better may be in the rest, and cut answers have no end. Make the cache anew with a larger "
+        "the one side better may be in the rest, and cut answers have no end. Rebuild the cache with a larger "
         "--max-length (--reuse takes over the pairs that stay the same), or leave such pairs out with --truncation drop.",
     )

@@ -234,7 +234,7 @@ def _tensorboard(options: TrainOptions, first_step: int) -> _Tracker:
 def _wandb(options: TrainOptions, _first_step: int) -> _Tracker:
     import wandb
 
-    # The path of the directory names the run, so that a resumed run goes on in the same curves and no other does.
+    # The path of the directory names the run, so that a resumed run continues the same curves and no other does.
     path = options.out.resolve()
     run = wandb.init(
         project="dpocli",

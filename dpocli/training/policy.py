@@ -191,7 +191,7 @@ class Policy:
 
     def outer_gradient(self, loss: Tensor) -> Tensor:
         """Back-propagates `loss`; what this process holds of the gradient of the first and the last layer, flat, on the
-        CPU. All gradients are gone afterwards."""
+        CPU. All gradients are cleared afterwards."""
         self.reduce_gradients_on_backward(True)
         loss.backward()  # type: ignore[no-untyped-call]
         found = (parameter.grad for parameter in self._outer_layers)

@@ -133,7 +133,7 @@ def check_step0(setup: TrainSetup, start: ModelIdentity, console: Console) -> St
         console: for the result.
 
     Raises:
-        NumericsError: the policy's log-probs are not finite, or not those of the cache.
+        NumericsError: the policy's log-probs are not finite, or differ from the cache.
     """
     options, policy, training = setup.options, setup.policy, setup.training
     tolerance = options.policy.step0_tolerance or TOLERANCE[policy.scorer.compute_dtype]

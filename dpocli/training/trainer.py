@@ -97,7 +97,7 @@ class Trainer:
         """Run optimizer step 1, 2, ….
 
         Raises:
-            NumericsError: a loss or the gradient is not finite; the weights are still those of the step before.
+            NumericsError: a loss or the gradient is not finite; the weights are unchanged since the step before.
         """
         view, loss = self.setup.training, self.setup.loss
         positions = self.setup.schedule.batch(step)
@@ -112,7 +112,7 @@ class Trainer:
         if not np.isfinite(metrics["loss"]):
             raise NumericsError(
                 f"Step {step}: the loss is not finite, in {view.describe_rows(_not_finite(positions, output.losses))}. "
-                f"The weights are those of step {step - 1}. Look at those rows; else try a lower --learning-rate or "
+                f"The weights are as after step {step - 1}. Look at those rows; else try a lower --learning-rate or "
                 "--dtype float32."
             )
         if step == 1 and self.check_first_batch:
@@ -249,7 +249,7 @@ class Trainer:
         return LogpColumns.by(self.setup.loss.needs, has_reference=view.store.has_reference)
 
     def _passes(self, step: int) -> list[MicroBatch]:
-        """This process's micro-batches of a step; those of the next are read meanwhile."""
+        """This process's micro-batches of a step; the next step's are read meanwhile."""
         setup = self.setup
 
         def read(wanted: int) -> list[MicroBatch]:
@@ -272,7 +272,7 @@ class Trainer:
         if not np.isfinite(grad_norm):
             raise NumericsError(
                 f"Step {step}: the gradient is not finite although the loss is, over "
-                f"{self.setup.training.describe_rows(positions)}. The weights are those of step {step - 1}. Try a lower "
+                f"{self.setup.training.describe_rows(positions)}. The weights are as after step {step - 1}. Try a lower "
                 "--learning-rate, or --dtype float32."
             )
         rate = self._learning_rate(step)

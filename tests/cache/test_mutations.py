@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 
 from dpocli.cli import run_command_line
 from dpocli.scoring.scorer import PairScorer
-from tests.caches import content_of, parts_of, write_rows
 from tests.commands.broken_inputs import replace_json, replace_weights
 from tests.commands.conftest import MODEL, TRAIN
+from tests.support.caches import content_of, parts_of, write_rows
 
 ROWS = [json.loads(line) for line in TRAIN.read_text().splitlines()[:11]]
 

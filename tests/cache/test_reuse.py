@@ -18,7 +18,7 @@ from tests.cache.frozen_cache_v1.make_frozen_cache import (
     make_fingerprint,
     make_pair,
 )
-from tests.caches import tree
+from tests.support.caches import tree
 
 ROWS = [row for row in range(10) if row not in SKIPPED_ROWS]
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from dpocli.cache.reader import PairStore
 from dpocli.model.lora import quietly
-from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet
+from tests.support.caches import assert_same_values, pairs_in
 
 THERE_ARE = (
     "There are embed_tokens, q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj, lm_head, or all-linear."

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.caches import pairs_in, write_rows
 from tests.commands.broken_inputs import ROW, SKIPPED
 from tests.commands.conftest import MODEL, Run
+from tests.support.caches import pairs_in, write_rows
 
 OTHER = {"prompt": "And to drink?", "chosen": "Apple juice, a glass of it.", "rejected": "Ink."}
 TURNED = ROW | {"chosen": ROW["rejected"], "rejected": ROW["chosen"]}

@@ -14,10 +14,10 @@ from dpocli.cache.reader import PairStore
 from dpocli.commands import evaluate
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.errors import ExitCode
-from tests.caches import with_other_values
 from tests.commands.broken_inputs import replace_json, swap_two_tokens
 from tests.commands.conftest import HELD_OUT, MODEL, Run, quiet
 from tests.commands.ranks import ended, on_processes
+from tests.support.caches import with_other_values
 
 SETTINGS = ("--learning-rate", "1e-3", "--batch-size", "20", "--beta", "0.3")
 

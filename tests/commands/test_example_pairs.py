@@ -20,7 +20,7 @@ from dpocli.report.token_heatmap import ExamplePairs, ExampleToken
 from tests.commands.conftest import HELD_OUT, MODEL, Run, pictures, quiet
 from tests.commands.ranks import ended
 from tests.data.tokenizers_for_tests import byte_level
-from tests.html_pages import Page
+from tests.support.html_pages import Page
 
 BETA = 0.1
 

@@ -27,9 +27,9 @@ from dpocli.errors import CacheError
 from dpocli.run.directory import RunDirectory
 from dpocli.run.files import ABANDONED_HERE_SECONDS
 from dpocli.run.status import StatusFile
-from tests.caches import content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import HELD_OUT, MODEL, ROOT, TRAIN, Run, quiet
 from tests.commands.warm_workers import BEGUN, WRITTEN, Tally, Worker
+from tests.support.caches import content_of, pairs_in, parts_of, tree
 
 KILLS = int(os.environ.get("DPOCLI_TEST_KILLS", "50"))
 WORKERS, KILLS_A_CACHE = 4, 14

@@ -12,9 +12,9 @@ import pytest
 from dpocli.data.batch import PairBatch
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.token_logps import TokenLogps
-from tests.caches import assert_same_values, pairs_in, tree, values_in, write_rows
 from tests.commands.broken_inputs import SKIPPED, flip_a_byte, replace_json, replace_weights
 from tests.commands.conftest import MODEL, TRAIN, Run, quiet
+from tests.support.caches import assert_same_values, pairs_in, tree, values_in, write_rows
 
 ROWS = [json.loads(line) for line in TRAIN.read_text().splitlines()[:48]]
 OLD_ROWS = 36

@@ -14,7 +14,7 @@ from dpocli.cache.reader import PairStore
 from dpocli.cache.schema import FOOTER_KEY, PartFooter
 from dpocli.data.preference import EncodedPair
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet
-from tests.tiny_models import SHAPE
+from tests.support.tiny_models import SHAPE
 
 LAYOUTS = ("shared", "packed", "padded")
 LIMIT = 24

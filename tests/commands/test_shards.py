@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dpocli.model import sharded
 from dpocli.model.identity import ModelFiles
-from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet
 from tests.commands.ranks import ended, on_processes, srun
-from tests.tiny_models import build
+from tests.support.caches import assert_same_values, pairs_in
+from tests.support.tiny_models import build
 
 LINE = ("--batch-size", 8, "--learning-rate", "1e-3", "--eval-fraction", 0.2, "--eval-every", 2)
 SHARDED = [

@@ -12,9 +12,9 @@ import pytest
 from dpocli.commands import precompute_report
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.model import hashing
-from tests.caches import pairs_in, tree, with_other_values, write_rows
 from tests.commands.broken_inputs import NO_PAIR, SKIPPED, World, flip_a_byte, replace_weights
 from tests.commands.conftest import MODEL, TRAIN, Run
+from tests.support.caches import pairs_in, tree, with_other_values, write_rows
 
 ROWS = [json.loads(line) for line in TRAIN.read_text().splitlines()[:40]]
 LINE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", 40, "--rows-per-part", 16)

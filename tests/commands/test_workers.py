@@ -17,10 +17,10 @@ from dpocli.cache.writer import CacheWriter
 from dpocli.commands.reference import Reference
 from dpocli.data.preference import EncodedPair, Skipped
 from dpocli.run.directory import RunDirectory
-from tests.caches import assert_same_values, content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import MODEL, TRAIN, Run, quiet
 from tests.commands.ranks import on_processes
 from tests.commands.warm_workers import Worker
+from tests.support.caches import assert_same_values, content_of, pairs_in, parts_of, tree
 
 ROWS, ROWS_PER_PART = 60, 5
 LINE = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)

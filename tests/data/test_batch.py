@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout, Packing, deal, pack
-from tests.sized_pairs import pairs_of
+from tests.support.sized_pairs import pairs_of
 
 everywhere = pytest.mark.parametrize("layout", Layout)
 in_one_row = pytest.mark.parametrize("layout", [Layout.SHARED, Layout.PACKED])

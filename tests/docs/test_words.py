@@ -7,7 +7,7 @@ import pytest
 
 from tests.docs.pages import ROOT, Page
 
-ROOTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "sample_data")
+ROOTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "sample_data", "dpocli")
 """Files, and folders whose text files are searched."""
 
 SUFFIXES = {".md", ".py", ".sh", ".yml", ".yaml", ".j2", ".css"}

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from dpocli.report.html import write_html_report
-from tests.html_pages import Page
-from tests.reports import made_up_examples, made_up_report, made_up_table
+from tests.support.html_pages import Page
+from tests.support.reports import made_up_examples, made_up_report, made_up_table
 
 NAMES = ("chromium", "chromium-browser", "chrome", "google-chrome", "google-chrome-stable", "headless_shell")
 BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)

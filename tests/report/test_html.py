@@ -6,8 +6,8 @@ import pytest
 
 from dpocli.report.html import html_report, write_html_report
 from dpocli.report.token_heatmap import ExamplePairs, ExampleToken
-from tests.html_pages import Page
-from tests.reports import made_up_examples, made_up_pair, made_up_report, made_up_table
+from tests.support.html_pages import Page
+from tests.support.reports import made_up_examples, made_up_pair, made_up_report, made_up_table
 
 HOSTILE = [
     "<script>alert(1)</script>",

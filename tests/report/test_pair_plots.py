@@ -15,7 +15,7 @@ from dpocli.report.pair_plots import (
     report_plots,
 )
 from dpocli.report.plot_style import BLUE, GRAY, RED, Plot
-from tests.reports import made_up_report, made_up_table
+from tests.support.reports import made_up_report, made_up_table
 
 GENERATOR = np.random.default_rng(0)
 

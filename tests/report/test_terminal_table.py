@@ -8,7 +8,7 @@ import pytest
 from dpocli.config.loss_expression import LossChoice
 from dpocli.console.console import Printer
 from dpocli.report.terminal_table import render
-from tests.reports import made_up_report
+from tests.support.reports import made_up_report
 
 HOSTILE = [
     "\x1b]0;title\x07\x1b[31mred",

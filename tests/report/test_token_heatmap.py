@@ -1,7 +1,7 @@
 import pytest
 
 from dpocli.report.token_heatmap import HEAD_TOKENS, ExamplePairs, ExampleToken, Palette, colored, folded, strongest
-from tests.reports import made_up_pair
+from tests.support.reports import made_up_pair
 
 PALETTE = Palette(strongest=2.0, has_reference=True)
 

@@ -5,7 +5,7 @@ import pytest
 from dpocli.config.loss_expression import LossChoice
 from dpocli.report.tables import figure_lines, gate_lines, model_lines
 from dpocli.report.wording import between, headline, models_in_order, number, percent, points, points_beside_0
-from tests.reports import made_up_report, made_up_table
+from tests.support.reports import made_up_report, made_up_table
 
 TABLE = made_up_table()
 
@@ -19,7 +19,7 @@ def words(**more):
     [
         ([0.52, 0.58], "better", "better than a coin"),
         ([0.5002, 0.58], "better", "the whole interval, 50.02% to 58.0%, lies above 50%"),
-        ([0.5, 0.58], "open", "cannot be told from tossing a coin"),
+        ([0.5, 0.58], "open", "cannot be distinguished from tossing a coin"),
         ([0.42, 0.48], "worse", "worse than a coin"),
         (None, "open", "No interval"),
     ],
@@ -126,9 +126,9 @@ def test_rewards_without_a_reference_are_called_what_they_are():
 def test_models_are_compared_by_the_interval_of_their_difference():
     told = " ".join(words().may)
     assert "step-300 ranks more pairs right than run/checkpoints/step-200: +2.0 points" in told
-    assert "step-300 cannot be told from run/checkpoints/step-100" in told
+    assert "step-300 cannot be distinguished from run/checkpoints/step-100" in told
     lines = model_lines(made_up_report(TABLE))
-    assert [line["verdict"] for line in lines] == ["", "not told apart", "better"]
+    assert [line["verdict"] for line in lines] == ["", "not distinguishable", "better"]
 
 
 def test_a_model_that_is_its_reference_is_called_that():

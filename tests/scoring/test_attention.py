@@ -17,10 +17,10 @@ from dpocli.model.load import load_model, without_dropout
 from dpocli.scoring import attention
 from dpocli.scoring.head_probe import HeadKind
 from dpocli.scoring.scorer import PairScorer
-from tests.pairs import random_pairs
 from tests.scoring.test_scorer import BATCHING_TOLERANCE, plain_batch
-from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, TRAPS, WINDOW, build, families, length_dependent
+from tests.support.pairs import random_pairs
+from tests.support.sized_pairs import pairs_of
+from tests.support.tiny_models import FAMILIES, TRAPS, WINDOW, build, families, length_dependent
 
 WITHOUT_INTERFACE = {"gptj-biased"}
 REPLACEABLE = [family for family in (*FAMILIES, *TRAPS) if family not in WITHOUT_INTERFACE]

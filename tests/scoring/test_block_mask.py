@@ -20,8 +20,8 @@ from dpocli.scoring.block_mask import BLOCK, BlockMasks
 from dpocli.scoring.layout import Segment
 from dpocli.scoring.scorer import PairScorer
 from tests.scoring.test_scorer import BATCHING_TOLERANCE
-from tests.sized_pairs import pairs_of
-from tests.tiny_models import WINDOW, build, length_dependent
+from tests.support.sized_pairs import pairs_of
+from tests.support.tiny_models import WINDOW, build, length_dependent
 
 CPU = torch.device("cpu")
 WINDOWS = [None, 1, 7, BLOCK, BLOCK + 2, 2 * BLOCK - 1, 300]

@@ -12,7 +12,7 @@ from dpocli.data.batch import PairBatch
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
 from dpocli.scoring.layout import Segment, TokenCounter, TokenRows
-from tests.sized_pairs import pairs_of
+from tests.support.sized_pairs import pairs_of
 
 length = st.one_of(st.just(1), st.integers(1, 9))
 sizes = st.lists(st.tuples(length, length, length), min_size=1, max_size=5)

@@ -21,9 +21,9 @@ from dpocli.scoring import attention
 from dpocli.scoring.layout_check import MAX_TOKENS, PairsInMemory, choose_layout, sample, window_of
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy
-from tests.pairs import random_pairs
-from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, WINDOW, build, families
+from tests.support.pairs import random_pairs
+from tests.support.sized_pairs import pairs_of
+from tests.support.tiny_models import FAMILIES, RECURRENT, TRAPS, WINDOW, build, families
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 LONG = ((20, 30, 25), (3, 4, 5), (1, 1, 1), (28, 2, 17))

@@ -18,8 +18,8 @@ from dpocli.scoring.head import Head, LogitMap, token_logps
 from dpocli.scoring.head_probe import HeadKind
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.token_logps import pair_logps
-from tests.pairs import random_pairs
-from tests.tiny_models import FAMILIES, build, families, length_dependent
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import FAMILIES, build, families, length_dependent
 
 BATCHING_TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
 """Nats per token in float32: what another batch shape may change."""
@@ -151,7 +151,7 @@ def test_the_head_is_never_larger_than_a_tile() -> None:
                 seen.append(result.shape)
             return result
 
-    from tests.tiny_models import llama
+    from tests.support.tiny_models import llama
 
     torch.manual_seed(0)
     model = llama(vocab_size=49_152)

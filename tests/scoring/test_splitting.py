@@ -21,10 +21,10 @@ from dpocli.scoring import frozen
 from dpocli.scoring.passes import reference_logps
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.throughput import Throughput
-from tests.caches import assert_same_values, pairs_in
 from tests.commands.conftest import MODEL, TRAIN
-from tests.pairs import random_pairs
-from tests.tiny_models import build
+from tests.support.caches import assert_same_values, pairs_in
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import build
 
 BUDGET = 400
 ENOUGH = 130

@@ -8,8 +8,8 @@ from dpocli.data.packing import Layout
 from dpocli.scoring import throughput
 from dpocli.scoring.scorer import PairScorer
 from dpocli.scoring.throughput import Throughput
-from tests.sized_pairs import pairs_of
-from tests.tiny_models import FAMILIES, RECURRENT, TRAPS, build, families
+from tests.support.sized_pairs import pairs_of
+from tests.support.tiny_models import FAMILIES, RECURRENT, TRAPS, build, families
 
 BATCH = PairBatch.of(pairs_of((3, 2, 4), (1, 1, 1)))
 UNIQUE, SCORED = 12, 8

@@ -17,7 +17,7 @@ from dpocli.data.batch import PairBatch
 from dpocli.data.preference import EncodedPair, TokenMask
 from dpocli.objective.logps import LogpColumns, PairLogps
 from dpocli.scoring.token_logps import TokenLogps, pair_logps, segment_sums, tail_mask
-from tests.pairs import random_pairs
+from tests.support.pairs import random_pairs
 
 EVERYTHING = LogpColumns(reference=True, collision=True, tails=True)
 ALL_WANTED = [LogpColumns(*wanted) for wanted in itertools.product([False, True], repeat=3)]

@@ -30,8 +30,8 @@ from dpocli.scoring.token_logps import TokenLogps, pair_logps
 from dpocli.training import gradients
 from dpocli.training.gradients import GlobalBatch, Gradients, MicroBatch, Step
 from dpocli.training.policy import Policy
-from tests.pairs import random_pairs
-from tests.tiny_models import SHAPE, build
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import SHAPE, build
 
 PAIRS = 8
 SEED = 3

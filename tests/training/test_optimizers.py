@@ -17,7 +17,7 @@ from dpocli.scoring.scorer import PairScorer
 from dpocli.training import optimizers
 from dpocli.training.optimizers import STATE_BYTES, allocate_state, make_optimizer, state_bytes
 from dpocli.training.policy import Policy
-from tests.tiny_models import build
+from tests.support.tiny_models import build
 
 RATE = 1e-3
 STEPS = 6

@@ -16,8 +16,8 @@ from dpocli.distributed.processes import Processes, init_processes
 from dpocli.model.save import Provenance, save_model
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training.policy import Policy, decoder_layers
-from tests.pairs import random_pairs
-from tests.tiny_models import FAMILIES, build
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import FAMILIES, build
 
 
 @pytest.fixture(scope="module")

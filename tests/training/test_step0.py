@@ -16,8 +16,8 @@ from dpocli.errors import NumericsError
 from dpocli.objective.logps import PairLogps
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training import step0
-from tests.pairs import random_pairs
-from tests.tiny_models import build
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import build
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

@@ -26,8 +26,8 @@ from dpocli.training.policy import Policy
 from dpocli.training.schedule import Schedule
 from dpocli.training.token_budget import OUT_OF_MEMORY, available_memory, choose_token_budget
 from dpocli.training.trainer import TrainSetup
-from tests.pairs import random_pairs
-from tests.tiny_models import build
+from tests.support.pairs import random_pairs
+from tests.support.tiny_models import build
 
 BASE = 500 * 2**20
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dpocli.data.preference import EncodedPair
-from tests.tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY
 
 Sizes = tuple[int, int, int]
 """Tokens of prompt, chosen and rejected."""

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dpocli.data.preference import EncodedPair, ReferenceLogps, TokenMask
-from tests.tiny_models import VOCABULARY
+from tests.support.tiny_models import VOCABULARY
 
 
 def random_pair(
