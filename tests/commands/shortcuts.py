@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dpocli.commands import evaluate, example_pairs, reference, train_setup
 from dpocli.scoring import throughput
@@ -53,8 +54,11 @@ def forget_layouts() -> None:
 def _choose_layout(
     scorer: PairScorer, pairs: Any, asked: str, processes: Any, log: Any, *more: Any, **named: Any
 ) -> None:
-    """Compare layouts on a model of a kind that was not met before, or of which there was something to say."""
+    """Compare layouts on a model of a kind that was not met before, of which there was something to say, or with NaN."""
     model = scorer.model
+    if processes.any(not all(_is_finite(weight) for weight in model.parameters())):
+        choose_layout(scorer, pairs, asked, processes, log, *more, **named)
+        return
     shapes = tuple((name, weight.shape, weight.dtype) for name, weight in model.named_parameters())
     kind = (model.config.to_json_string(), shapes, scorer.compute_dtype, asked, bool(more), *named.values())
     if kind in _layouts:
@@ -67,6 +71,11 @@ def _choose_layout(
         log(line)
     if not logged and not window_of(scorer):
         _layouts[kind] = scorer.packing.layout, scorer.uses_flex
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    piece: torch.Tensor = weight.to_local() if isinstance(weight, DTensor) else weight
+    return piece.is_meta or not piece.is_floating_point() or bool(piece.detach().float().sum().isfinite())
 
 
 def _rate(scorer: PairScorer) -> float:

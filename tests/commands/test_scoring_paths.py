@@ -14,6 +14,7 @@ from dpocli.cache.reader import PairStore
 from dpocli.cache.schema import FOOTER_KEY, PartFooter
 from dpocli.data.preference import EncodedPair
 from tests.commands.conftest import HELD_OUT, MODEL, TRAIN, Run, metrics_of, quiet
+from tests.commands.shortcuts import forget_layouts
 from tests.support.tiny_models import SHAPE
 
 LAYOUTS = ("shared", "packed", "padded")
@@ -28,7 +29,8 @@ RECORD = {
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same pairs, scored in every layout."""
+    """The same pairs, scored in every layout; layouts are compared as for a user."""
+    forget_layouts()
     root = tmp_path_factory.mktemp("caches")
     for layout in LAYOUTS:
         quiet(*PRECOMPUTE, "--out", root / layout, "--scoring", layout)
@@ -37,7 +39,8 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def runs(caches: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same training in every layout, from one cache."""
+    """The same training in every layout, from one cache; layouts are compared as for a user."""
+    forget_layouts()
     root = tmp_path_factory.mktemp("runs")
     for layout in LAYOUTS:
         quiet(
