@@ -1,9 +1,9 @@
-# The README's two commands, `make demo` and `make test`, each complete on a fresh machine with git, make and Python 3.11+.
+# Each target is complete on a fresh machine with git, make and Python 3.11+. CONTRIBUTING.md describes the checks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all coverage format install clean
+.PHONY: demo test test-all coverage docs docs-pages format install clean
 
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh sample_data/demo.sh
@@ -20,6 +20,14 @@ test-all: install
 coverage: install
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal --cov --cov-report=term
 
+# The pages of docs/ as a site in site/; any warning is an error.
+docs: $(VENV)/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/mkdocs/mkdocs.yml
+
+# The parts of docs/ that are generated from the declarations.
+docs-pages: install
+	$(BIN)/python -m tests.docs.generate
+
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -35,5 +43,10 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+$(VENV)/docs-installed: docs/mkdocs/requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r docs/mkdocs/requirements.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo-run demo-losses
+	rm -rf $(VENV) demo-run demo-losses site

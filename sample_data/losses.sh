@@ -1,7 +1,7 @@
 #!/bin/sh
 # One cache, ten losses: trains the embedded tiny model with each and prints one table. Some minutes on two cores.
 # Accuracy and margin are of the rewards, which are what a loss ranks by; so that losses can be compared, the same of the
-# summed log-ratios stands beside. The reference runs twice in all: once over the training pairs, once over the held-out.
+# summed log-ratios is shown beside it. The reference runs twice in all: once over the training pairs, once over the held-out.
 set -eu
 cd "$(dirname "$0")/.."
 out=demo-losses

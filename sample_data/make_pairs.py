@@ -104,7 +104,7 @@ class PairWriter:
         if self.rng.random() < 0.7:
             return answer
         lead_in = self.rng.choice(LEAD_INS)
-        if not lead_in.endswith("."):  # the sentence goes on
+        if not lead_in.endswith("."):  # the sentence continues
             answer = answer[0].lower() + answer[1:]
         return f"{lead_in} {answer}"
 
@@ -117,7 +117,7 @@ class PairWriter:
         if fault == "other question":
             other = rng.choice([aspect for aspect in range(len(topic.aspects)) if aspect != asked])
             answer = self.answer(topic, subject, other)
-            if rng.random() < 0.6:  # says so; the others can only be told by reading the question
+            if rng.random() < 0.6:  # says so; the others are only apparent from the question
                 answer = f"{rng.choice(PIVOTS)} {self.plain_answer(topic, subject, other)}"
             return self.frame(topic, subject, [answer], {asked, other})
         phrases = rng.sample(DODGES if fault == "dodge" else BLUSTERS, rng.choice((1, 1, 2)))

@@ -1,7 +1,7 @@
 """The words behind the sample pairs: five topics, each with sixteen subjects and four things one can ask about them.
 
 Nothing here is code. A line of a table reads `subject | fact | fact | fact | fact`, the facts in the order of the
-topic's aspects. In the phrases, `{x}` stands for the subject and `{v}` for the fact. The town is invented.
+topic's aspects. In the phrases, `{x}` is the subject and `{v}` the fact. The town is invented.
 """
 
 from dataclasses import dataclass

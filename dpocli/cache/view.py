@@ -10,6 +10,9 @@ from dpocli.cache.reader import PairStore
 from dpocli.data.packing import Layout
 from dpocli.data.preference import EncodedPair
 
+ROWS_NAMED = 10
+"""Source rows that a message lists."""
+
 
 @dataclass(frozen=True, slots=True)
 class PairView:
@@ -51,3 +54,9 @@ class PairView:
     def load(self, positions: Sequence[int] | NDArray[np.int64]) -> list[EncodedPair]:
         """The pairs at these positions of the view, in this order."""
         return self.store.load(self.members[np.asarray(positions, dtype=np.int64)])
+
+    def describe_rows(self, positions: NDArray[np.int64]) -> str:
+        """The source rows of the pairs at these positions, for a message."""
+        rows = np.sort(self.store.columns.rows[self.members[positions]])
+        more = f" and {len(rows) - ROWS_NAMED:,} more" if len(rows) > ROWS_NAMED else ""
+        return f"the pairs of source rows {', '.join(map(str, rows[:ROWS_NAMED])) or '?'}{more}"

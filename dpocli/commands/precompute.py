@@ -15,9 +15,8 @@ from dpocli.cache.reader import PairStore
 from dpocli.cache.reuse import Reusable
 from dpocli.cache.schema import Tile
 from dpocli.cache.writer import CacheWriter, recorded_dtype
-from dpocli.commands import precompute_estimate
 from dpocli.commands.encoding import BackgroundWriter, TileEncoder, background_writer, check_skips, types_of_kept
-from dpocli.commands.precompute_summary import add_data_report, render, summarize
+from dpocli.commands.precompute_report import add_data_report, estimate, render, render_estimate, summarize
 from dpocli.commands.reference import Reference
 from dpocli.config.commands import PrecomputeOptions
 from dpocli.console.console import Console
@@ -252,10 +251,10 @@ def _estimate(job: PrecomputeJob) -> None:
     missing = job.team.from_first(writer.missing(*job.worker))
     num_missing = sum(tile.num_rows for tile in missing)
     with job.console.progress(None, "probe") as progress:
-        figures = precompute_estimate.estimate(
+        figures = estimate(
             job.rows, job.encoder(), job.options.data, writer, job.reference(writer), num_missing, progress
         )
-    job.console.result(figures, lambda printer: precompute_estimate.render(printer, figures))
+    job.console.result(figures, lambda printer: render_estimate(printer, figures))
     if figures["stops"]:
         raise DataError(figures["stops"])
 

@@ -17,7 +17,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 from torch.distributed.device_mesh import DeviceMesh
 
 from dpocli.distributed.launch import Launcher, launched, slurm_address
+from dpocli.distributed.signals import StopFlag
 from dpocli.errors import DpoError, UsageError
+from dpocli.run.directory import RunDirectory
 
 T = TypeVar("T")
 
@@ -129,6 +131,19 @@ def _subgroup(ranks: Tensor) -> dist.ProcessGroup:
     group: dist.ProcessGroup
     group, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=TIMEOUT)  # type: ignore[no-untyped-call]
     return group
+
+
+@dataclass(frozen=True, slots=True)
+class StopRequest:
+    """A signal, or the file OUT/stop."""
+
+    flag: StopFlag
+    out: RunDirectory
+    processes: Processes
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop. Collective."""
+        return self.processes.any(bool(self.flag) or self.out.stop_requested())
 
 
 @contextmanager

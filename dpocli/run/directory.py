@@ -12,7 +12,7 @@ from typing import Any, Self, TextIO
 from dpocli.config.options import Options
 from dpocli.config.parsing import dump_yaml
 from dpocli.console.console import without_nan
-from dpocli.errors import DpoError, ExitCode, UsageError
+from dpocli.errors import DpoError, ExitCode, UsageError, is_lost_peer
 from dpocli.run.files import make_directory, read_json, translating_file_errors, try_lock, write_atomically, write_json
 from dpocli.run.metrics_log import MetricsLog
 from dpocli.run.status import (
@@ -100,7 +100,8 @@ class RunDirectory:
             return
         self._ended.set()
         self._heart.join()
-        self._status = replace(self._status, **asdict(self._with_failure_of_others(outcome)))
+        found = self._with_failure_of_others(outcome, has_lost_peer=error is not None and is_lost_peer(error))
+        self._status = replace(self._status, **asdict(found))
         self.is_accepted |= outcome.state == "preempted"  # a stopped start is resumed, a refused one is not
         try:
             self._write_status()
@@ -111,12 +112,21 @@ class RunDirectory:
             if self._lock:
                 self._lock.close()
 
-    def update(self, step: int | None = None, message: str | None = None, *, at_once: bool = False) -> None:
-        """Set the progress that the next heartbeat writes to `status.json`; `at_once` writes it now."""
+    def update(
+        self,
+        step: int | None = None,
+        message: str | None = None,
+        *,
+        token_budget: int | None = None,
+        at_once: bool = False,
+    ) -> None:
+        """Set what the next heartbeat writes to `status.json`; `at_once` writes it now."""
         if step is not None:
             self._status = replace(self._status, step=step)
         if message is not None:
             self._status = replace(self._status, message=message)
+        if token_budget is not None:
+            self._status = replace(self._status, token_budget=token_budget)
         if at_once and self._is_writer:
             self._write_status()
 
@@ -217,10 +227,11 @@ class RunDirectory:
             if status and status.state in ("done", "preempted") and status.launch == launch_name():
                 self._file.write(replace(status, **asdict(outcome)))
 
-    def _with_failure_of_others(self, outcome: Outcome) -> Outcome:
-        """The failure of another rank, where this one finished, stopped, or met an error that it cannot explain."""
+    def _with_failure_of_others(self, outcome: Outcome, *, has_lost_peer: bool) -> Outcome:
+        """The failure of another rank, where this one finished, stopped, lost it, or met an error that it cannot explain."""
         failure = read_json(self._failure_path)
-        if isinstance(failure, dict) and outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG):
+        is_none = has_lost_peer or outcome.exit_code in (ExitCode.DONE, ExitCode.PREEMPTED, ExitCode.BUG)
+        if isinstance(failure, dict) and is_none:
             with suppress(TypeError):
                 return Outcome(**failure)
         return outcome

@@ -58,6 +58,8 @@ class Status:
     heartbeat: float
     launch: str = ""
     """`launch_name` of the process."""
+    token_budget: int | None = None
+    """Tokens of a training pass. After a start that ran out of memory the next one uses half."""
 
     @property
     def is_of_this_host(self) -> bool:
@@ -166,4 +168,4 @@ def record_failure(directory: Path, outcome: Outcome, command: str, shard: str =
     if any(status and status.is_of_this_process for status in (before, additional)):
         return
     with suppress(OSError, DpoError):
-        file.write(replace(now, step=before.step, **asdict(outcome)))
+        file.write(replace(now, step=before.step, token_budget=before.token_budget, **asdict(outcome)))

@@ -11,12 +11,12 @@ from dpocli.distributed.processes import Processes
 from dpocli.run.files import read_json, write_json
 
 By = Literal["loss", "accuracy"]
-"""What the best evaluation is the best in."""
+"""The metric that is compared."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What the held-out pairs said after a step; 0: of the untrained policy."""
+    """Held-out metrics after a step; step 0 is the untrained policy."""
 
     step: int
     loss: float
@@ -44,11 +44,11 @@ def evaluations(rows: Iterable[Mapping[str, Any]]) -> list[Evaluation]:
 
 def best(found: Sequence[Evaluation], by: By) -> Evaluation | None:
     """The best of them, the earliest where several are equal; None where there are none."""
-    standing: Evaluation | None = None
+    top: Evaluation | None = None
     for evaluation in found:
-        if standing is None or evaluation.is_better_than(standing, by):
-            standing = evaluation
-    return standing
+        if top is None or evaluation.is_better_than(top, by):
+            top = evaluation
+    return top
 
 
 def has_stalled(found: Sequence[Evaluation], patience: int) -> bool:
@@ -61,13 +61,13 @@ def has_stalled(found: Sequence[Evaluation], patience: int) -> bool:
 
 
 class BestCheckpoint:
-    """The best checkpoint so far; for the first process, which alone writes.
+    """The best checkpoint so far, as `best.json` names it. For the first process, which alone writes.
 
     Args:
         directory: of all checkpoints.
         by: what is compared.
-        found: the evaluations up to the step that a run goes on from. Of these only such count as have a checkpoint: one
-            that is lost (removed by hand) shall not keep a later one from being the best.
+        found: the evaluations up to the step that a run resumes from. Only those with a checkpoint count: one that was
+            removed by hand shall not keep a later one from being the best.
         done: that step. What `best.json` says of a step up to it counts too, should its row be lost.
     """
 
@@ -76,14 +76,14 @@ class BestCheckpoint:
         for leftover in directory.glob(f".{NAME}~*.tmp"):  # of a killed writer: there is only one at a time
             leftover.unlink(missing_ok=True)
         known = {one.step: one for one in [*self._named_until(done), *found]}
-        self.standing = best([known[step] for step in sorted(known) if (directory / f"step-{step}").is_dir()], by)
-        if self.standing is None:
+        self._best = best([known[step] for step in sorted(known) if (directory / f"step-{step}").is_dir()], by)
+        if self._best is None:
             (directory / NAME).unlink(missing_ok=True)
         else:
-            self.name(self.standing)
+            self.name(self._best)
 
     def _named_until(self, done: int) -> list[Evaluation]:
-        """What `best.json` says, where it was compared as now; a later step than `done` is made again."""
+        """What `best.json` says, where it compares the same; a step later than `done` will be repeated."""
         value = read_json(self._directory / NAME)
         if not isinstance(value, dict) or value.pop("by", None) != self._by:
             return []
@@ -94,50 +94,42 @@ class BestCheckpoint:
         return [named] if named.step <= done else []
 
     def is_beaten_by(self, evaluation: Evaluation) -> bool:
-        return self.standing is None or evaluation.is_better_than(self.standing, self._by)
+        return self._best is None or evaluation.is_better_than(self._best, self._by)
 
     def name(self, evaluation: Evaluation) -> None:
-        """Writes down that the checkpoint of this evaluation, which is there, is the best."""
+        """Name the checkpoint of this evaluation, which is there, in `best.json`."""
         assert (self._directory / f"step-{evaluation.step}").is_dir()
-        self.standing = evaluation
+        self._best = evaluation
         value = {"by": self._by} | asdict(evaluation)
         if read_json(self._directory / NAME) != value:
             write_json(self._directory / NAME, value)
 
 
-class Course:
-    """The evaluations of a run. The first process knows them and decides; the others go by it.
+class ModelSelection:
+    """The evaluations of a run, and what follows from them. The first process decides, and the others follow.
 
     Args:
-        options: --keep-best and --early-stopping.
-        checkpoints: the directory of all checkpoints.
-        rows: of `metrics.jsonl`, up to the step that the run goes on from.
+        options: of the run.
+        rows: of `metrics.jsonl`, up to the step that the run resumes from.
         processes: all of them make the same calls.
-        done: the step that the run goes on from.
+        done: the step that the run resumes from.
     """
 
     def __init__(
-        self,
-        options: TrainOptions,
-        checkpoints: Path,
-        rows: Iterable[Mapping[str, Any]],
-        processes: Processes,
-        done: int = 0,
+        self, options: TrainOptions, rows: Iterable[Mapping[str, Any]], processes: Processes, done: int = 0
     ) -> None:
-        self._patience, self._processes = options.held_out.early_stopping, processes
-        self._checkpoints, self._keep_last = checkpoints, options.checkpoints.keep_last
+        self._options, self._processes, self._checkpoints = options, processes, options.out / "checkpoints"
         self._found = evaluations(rows) if processes.is_first else []
         self._best = None
         if options.held_out.keep_best and processes.is_first:
-            self._best = BestCheckpoint(checkpoints, options.held_out.keep_best, self._found, done)
-        self._keeps_best = options.held_out.keep_best is not None
+            self._best = BestCheckpoint(self._checkpoints, options.held_out.keep_best, self._found, done)
         self._best_at: int | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Takes in a row with held-out metrics."""
+        """Add a row with held-out metrics."""
         (evaluation,) = evaluations([row])
         self._found.append(evaluation)
-        if self._keeps_best:
+        if self._options.held_out.keep_best:
             better = self._best is not None and self._best.is_beaten_by(evaluation)
             self._best_at = evaluation.step if self._processes.any(better) else None
 
@@ -146,19 +138,19 @@ class Course:
         return self._best_at == step
 
     def saved(self, step: int) -> None:
-        """There is a checkpoint of this step now."""
+        """Record that there is a checkpoint of this step."""
         if self._best and self.is_best_at(step):
             self._best.name(self._found[-1])
-            remove_old(self._checkpoints, self._keep_last, step - 1)  # the best until now may go
+            remove_old(self._checkpoints, self._options.checkpoints.keep_last, step - 1)  # the former best may go
 
     def has_stalled(self) -> bool:
         """Whether the run ends here, because the held-out loss has not improved for long enough."""
-        if self._patience is None:
+        patience = self._options.held_out.early_stopping
+        if patience is None:
             return False
-        return self._processes.any(self._processes.is_first and has_stalled(self._found, self._patience))
+        return self._processes.any(self._processes.is_first and has_stalled(self._found, patience))
 
 
 def agreed_best_step(checkpoints: Path, processes: Processes) -> int | None:
     """The step of the best checkpoint, as the first process reads it."""
-    found = processes.gather([best_step(checkpoints)] if processes.is_first else [])
-    return found[0]
+    return processes.from_first(best_step(checkpoints) if processes.is_first else None)

@@ -5,20 +5,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from dpocli.cache.view import PairView
-from dpocli.config.commands import TrainOptions
-from dpocli.config.loss_expression import LossChoice
 from dpocli.console.console import Console, Printer
 from dpocli.data.packing import Packing, deal
 from dpocli.model.load import dtype_name
-from dpocli.training.optimizers import state_bytes
-from dpocli.training.policy import Policy
 from dpocli.training.schedule import DEFAULT_BATCH_SIZE, Schedule, warmup_steps
-
-MASTER_AND_GRADIENT = 2 * 4
-"""Bytes a trained parameter in float32: master weight and gradient."""
+from dpocli.training.token_budget import WEIGHT_BYTES, bytes_beside_weights, bytes_per_token
+from dpocli.training.trainer import TrainSetup
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,49 +46,45 @@ class Plan:
     """Expected memory of each process."""
 
     @classmethod
-    def of(
-        cls,
-        options: TrainOptions,
-        loss: LossChoice,
-        policy: Policy,
-        training: PairView,
-        held_out: PairView | None,
-        schedule: Schedule,
-        dtype: torch.dtype,
-    ) -> "Plan":
+    def of(cls, setup: TrainSetup) -> "Plan":
+        options, loss, policy, schedule = setup.options, setup.loss, setup.policy, setup.schedule
         packing, count = policy.scorer.packing, policy.processes.count
         assert options.optimizer.learning_rate
         return cls(
             loss=str(loss),
             is_whole_batch=loss.is_whole_batch,
-            pairs=len(training),
-            held_out_pairs=len(held_out) if held_out else 0,
-            tokens=int(training.num_tokens.sum()),
+            pairs=len(setup.training),
+            held_out_pairs=len(setup.held_out) if setup.held_out else 0,
+            tokens=int(setup.training.num_tokens.sum()),
             steps=schedule.num_steps,
             batch_size=schedule.batch_size,
             batch_size_is_given=options.optimizer.batch_size is not None,
             epochs=schedule.num_steps / schedule.steps_per_epoch,
-            passes_per_step=_passes_per_step(training, schedule, count, packing),
+            passes_per_step=_passes_per_step(setup.training, schedule, count, packing),
             token_budget=packing.token_budget,
             scoring=str(packing.layout),
             processes=count,
             optimizer=options.optimizer.name,
             learning_rate=options.optimizer.learning_rate,
             lr_schedule=options.optimizer.lr_schedule,
-            warmup_steps=warmup_steps(options, schedule.num_steps),
+            warmup_steps=warmup_steps(options.optimizer, schedule.num_steps),
             parameters=policy.num_parameters(),
-            dtype=dtype_name(dtype),
-            bytes=int(_expected_bytes(policy, dtype, options)),
+            dtype=dtype_name(policy.scorer.compute_dtype),
+            bytes=int(
+                policy.num_parameters() * WEIGHT_BYTES
+                + bytes_beside_weights(policy, options)
+                + packing.token_budget * bytes_per_token(policy, options)
+            ),
         )
 
-    def tell(self, console: Console) -> None:
-        """Shows it on the way to the first step, with what is worth a word."""
+    def show(self, console: Console) -> None:
+        """Show it before the first step, with notices."""
         console.table("Plan", ["", ""], list(self._rows()))
         for notice in self._notices():
             console.say(notice)
 
     def render(self, printer: Printer) -> None:
-        """Shows it as a result."""
+        """Show it as a result."""
         printer.table("Plan (dry run: nothing was written)", ["", ""], list(self._rows()))
         for notice in self._notices():
             printer.say(notice)
@@ -136,7 +126,7 @@ class Plan:
         if self.warmup_steps > self.steps:
             yield (
                 f"The warm-up of {self.warmup_steps:,} steps is longer than the run of {self.steps:,}: the learning rate never "
-                "comes to its peak (--warmup-steps sets it)."
+                "reaches its peak (--warmup-steps sets it)."
             )
 
 
@@ -146,15 +136,3 @@ def _passes_per_step(view: PairView, schedule: Schedule, count: int, packing: Pa
     batches = [view.at(schedule.batch(int(step))).sizes(packing.layout).tolist() for step in sample]
     passes = [len(deal(sizes, count, packing)[0]) for sizes in batches]
     return float(np.mean(passes))
-
-
-def _expected_bytes(policy: Policy, dtype: torch.dtype, options: TrainOptions) -> float:
-    """A rule of thumb: what every parameter carries, and what a micro-batch leaves behind for the backward pass."""
-    config = policy.scorer.model.config.get_text_config()
-    compute_copy = dtype.itemsize
-    parameters = policy.num_parameters() * (MASTER_AND_GRADIENT + compute_copy) + state_bytes(policy, options)
-    hidden, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    kept = hidden if options.policy.gradient_checkpointing else 8 * hidden + 4 * inner
-    activations = float(policy.scorer.packing.token_budget * layers * kept * dtype.itemsize)
-    return parameters + activations

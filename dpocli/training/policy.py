@@ -95,9 +95,10 @@ class Policy:
         scorer.compute_dtype = dtype
         saved = scorer.model.state_dict().keys()
         self.buffers = {name: buffer for name, buffer in scorer.model.named_buffers() if name in saved}
-        """Those that belong to the saved model (a router's bias, say): no optimizer moves them, but nobody may lose them."""
+        """Not trained; saved with the model (a router's bias, for example)."""
         self.processes = processes
-        self._has_shards = options.model.shards > 1
+        self.is_sharded = options.model.shards > 1
+        """Whether each process holds a part of every weight."""
         frozen = {parameter for parameter in scorer.parameters() if not parameter.requires_grad}
         layers = decoder_layers(scorer.model)
         shard(
@@ -106,7 +107,7 @@ class Policy:
             processes.mesh(options.model.shards),
             dtype=dtype,
             offload=options.policy.cpu_offload,
-            ignored=set() if self._has_shards else frozen,  # a frozen model that fits has nothing to exchange
+            ignored=set() if self.is_sharded else frozen,  # a frozen model that fits has nothing to exchange
         )
         if scorer.is_blank:
             assert files
@@ -128,15 +129,19 @@ class Policy:
         }
         return self._weight_tensors() | moments
 
-    def allocate_state(self, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
-        """Tensors to read a checkpoint into: the master weights, and zeros for moments, sharded like the parameter."""
+    def allocate_state(self, optimizer: torch.optim.Optimizer, stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+        """Tensors to read a checkpoint into: the master weights, and moments, in place where the optimizer has them."""
         parameters = dict(self.master_weights)
         tensors = self._weight_tensors()
         for entry, facts in stored.items():
             if not entry.startswith(OPTIMIZER):
                 continue
-            parameter = parameters[entry.removeprefix(OPTIMIZER).rpartition("/")[0]]
-            if facts.shape == parameter.shape:
+            name, _, key = entry.removeprefix(OPTIMIZER).rpartition("/")
+            parameter = parameters[name]
+            there = optimizer.state[parameter].get(key) if parameter in optimizer.state else None
+            if there is not None and (there.shape, there.dtype) == (facts.shape, facts.dtype):
+                tensors[entry] = there
+            elif facts.shape == parameter.shape:
                 tensors[entry] = torch.zeros_like(parameter, dtype=facts.dtype, requires_grad=False)
             else:
                 tensors[entry] = torch.zeros(facts.shape, dtype=facts.dtype)
@@ -156,10 +161,10 @@ class Policy:
     def reduce_gradients_on_backward(self, now: bool) -> None:
         """Between replicas, gradients travel once a step, with its last micro-batch; between shards with every one."""
         assert isinstance(self.scorer, FSDPModule)
-        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1 or self._has_shards)
+        self.scorer.set_requires_gradient_sync(now or self.processes.count == 1 or self.is_sharded)
         self.scorer.set_requires_all_reduce(now)
         # Between micro-batches the weights stay as they are, so where it is whole the copy that computes stays too.
-        self.scorer.set_reshard_after_backward(now or self._has_shards)
+        self.scorer.set_reshard_after_backward(now or self.is_sharded)
 
     def num_parameters(self) -> int:
         """Trainable ones."""
@@ -190,7 +195,7 @@ class Policy:
         self.reduce_gradients_on_backward(True)
         loss.backward()  # type: ignore[no-untyped-call]
         found = (parameter.grad for parameter in self._outer_layers)
-        local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in found if grad is not None]
+        local = [local_part(grad) for grad in found if grad is not None]
         flat = torch.cat([grad.detach().float().flatten() for grad in local]).cpu()
         self.scorer.zero_grad()
         return flat
@@ -207,3 +212,8 @@ class Policy:
             if self.processes.is_first:
                 full[name] = value.detach().cpu().clone()
         return full
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

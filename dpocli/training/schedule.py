@@ -8,7 +8,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dpocli.config.commands import TrainOptions
+from dpocli.config.training_options import OptimizerOptions
 from dpocli.errors import DataError, UsageError
 
 DEFAULT_BATCH_SIZE = 128
@@ -24,11 +24,11 @@ class Schedule:
     seed: int
 
     @classmethod
-    def plan(cls, options: TrainOptions, num_pairs: int, num_processes: int) -> "Schedule":
+    def plan(cls, options: OptimizerOptions, num_pairs: int, num_processes: int, seed: int) -> "Schedule":
         """Raises UsageError where a global batch has fewer pairs than there are processes."""
         if not num_pairs:
             raise DataError("There is no pair to train on: every pair is held out or was skipped.")
-        batch_size = min(options.optimizer.batch_size or default_batch_size(num_pairs), num_pairs)
+        batch_size = min(options.batch_size or default_batch_size(num_pairs), num_pairs)
         if batch_size < num_processes:
             raise UsageError(
                 f"--batch-size {batch_size}: fewer pairs a step than the {num_processes} processes. It counts pairs over "
@@ -38,8 +38,8 @@ class Schedule:
         return cls(
             num_pairs,
             batch_size,
-            options.optimizer.max_steps or steps_per_epoch * (options.optimizer.epochs or 1),
-            options.seed,
+            options.max_steps or steps_per_epoch * (options.epochs or 1),
+            seed,
         )
 
     @property
@@ -64,20 +64,20 @@ def default_batch_size(num_pairs: int) -> int:
     return max(1, min(DEFAULT_BATCH_SIZE, num_pairs // 10))
 
 
-def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], float]:
+def learning_rates(options: OptimizerOptions, num_steps: int) -> Callable[[int], float]:
     """Learning rate of step 1, 2, …, as transformers' schedules have it (whose module loads peft and bitsandbytes).
 
     Those are 0 at their first and last point; the steps are laid between the two, so that no batch is wasted.
     """
     warmup = warmup_steps(options, num_steps)
-    assert options.optimizer.learning_rate
-    peak = options.optimizer.learning_rate
+    assert options.learning_rate
+    peak = options.learning_rate
 
     def rate(step: int) -> float:
         if step < warmup:
             return peak * (step / warmup)
         left = (num_steps + 1 - step) / max(1, num_steps + 1 - warmup)
-        match options.optimizer.lr_schedule:
+        match options.lr_schedule:
             case "constant":
                 return peak
             case "linear":
@@ -89,10 +89,6 @@ def learning_rates(options: TrainOptions, num_steps: int) -> Callable[[int], flo
     return rate
 
 
-def warmup_steps(options: TrainOptions, num_steps: int) -> int:
+def warmup_steps(options: OptimizerOptions, num_steps: int) -> int:
     """Steps in which the learning rate rises; more than `num_steps` where it never comes to its peak."""
-    return (
-        math.ceil(options.optimizer.warmup_ratio * num_steps)
-        if options.optimizer.warmup_steps is None
-        else options.optimizer.warmup_steps
-    )
+    return math.ceil(options.warmup_ratio * num_steps) if options.warmup_steps is None else options.warmup_steps

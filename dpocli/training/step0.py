@@ -3,8 +3,8 @@
 Judged per token, because sums over an answer carry several tenths of a nat of bfloat16 noise.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,11 +18,15 @@ from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.distributed.processes import Processes
 from dpocli.errors import NumericsError
 from dpocli.model.identity import ModelIdentity
+from dpocli.objective.logps import PairLogps
 from dpocli.scoring.passes import FILLER, my_passes, score
 from dpocli.scoring.scorer import PairScorer, environment
-from dpocli.training.policy import Policy
+from dpocli.training.trainer import TrainSetup
 
 NUM_DRAWN, NUM_LONGEST = 32, 4
+
+FEW_TOKENS = 6.0
+"""An answer of n tokens may differ by 1 + 6/√n times as much per token as many of them together."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.08, torch.float16: 0.02}
 """Mean |difference| per token, nats. The signed mean may be a quarter of it: noise has no direction, a mistake has."""
@@ -41,6 +45,8 @@ class Step0:
     worst_mean: float
     num_pairs: int
     tolerance: float
+    is_binding: bool = False
+    """Whether the policy starts as the reference, so that the two must agree."""
 
     @property
     def holds(self) -> bool:
@@ -79,7 +85,7 @@ def measure(
 ) -> Step0:
     """Scores the pairs at some positions (`chosen_positions`) with the live model, beside their cached values.
 
-    The model is taken as it is: the caller sees to it that no dropout is on.
+    The caller switches dropout off.
     """
     found: list[Difference] = []
     with torch.no_grad():
@@ -118,20 +124,22 @@ def chosen_positions(view: PairView, seed: int) -> NDArray[np.int64]:
     return np.unique(np.concatenate([drawn, longest]))
 
 
-def check_step0(
-    options: TrainOptions,
-    policy: Policy,
-    training: PairView,
-    start: ModelIdentity,
-    dtype: torch.dtype,
-    processes: Processes,
-    console: Console,
-) -> Step0:
-    """Binding where the policy starts as the reference; else the difference is information."""
-    tolerance = options.policy.step0_tolerance or TOLERANCE[dtype]
+def check_step0(setup: TrainSetup, start: ModelIdentity, console: Console) -> Step0:
+    """Compare the policy with the cache: binding where it starts as the reference, else information.
+
+    Args:
+        setup: of the run, before its first step.
+        start: the model that it starts from.
+        console: for the result.
+
+    Raises:
+        NumericsError: the policy's log-probs are not finite, or not those of the cache.
+    """
+    options, policy, training = setup.options, setup.policy, setup.training
+    tolerance = options.policy.step0_tolerance or TOLERANCE[policy.scorer.compute_dtype]
     with policy.eval_mode():
         positions = chosen_positions(training, options.seed)
-        found = measure(policy.scorer, training, positions, tolerance, processes)
+        found = measure(policy.scorer, training, positions, tolerance, policy.processes)
     if not np.isfinite(found.mean):
         raise NumericsError(
             f"Step 0: the policy's log-probs are not finite, first for the pair of source row {found.worst_row}. Look at the "
@@ -144,18 +152,54 @@ def check_step0(
         if start.weights == reference.reference.weights and start.quantization != reference.reference.quantization:
             console.warn(_other_quantization(options, start))
         return found
+    found = replace(found, is_binding=True)
     console.say(f"Step-0 check: {found}")
     if not found.holds:
         differing = [
             *config_differences(reference, start),
-            *information_differences(reference, environment(processes.device, policy.scorer)),
+            *information_differences(reference, environment(policy.processes.device, policy.scorer)),
         ]
         raise NumericsError(
             f"Step-0 check: the policy has the reference's weights but not its log-probs: {found}. Differs from when "
             f"the cache was written: {'; '.join(differing) or 'nothing that is recorded'}. Train with the cache's "
-            "--dtype, write the cache anew here, or allow more with --step0-tolerance."
+            "--dtype, rebuild the cache here, or allow more with --step0-tolerance."
         )
     return found
+
+
+def first_batch_check(setup: TrainSetup, found: Step0) -> Callable[[PairLogps, NDArray[np.int64]], None] | None:
+    """A check of the first batch, in training mode and through the passes of training, where the step-0 check is binding.
+
+    The step-0 check runs in evaluation mode. This one sees what training sees, before the first update: a policy that is the
+    reference has log-ratios of zero, up to rounding.
+
+    Returns:
+        A function of the batch's log-probs and positions that raises NumericsError; None where nothing is known of them.
+    """
+    if not found.is_binding or setup.options.policy.model_dropout:
+        return None
+
+    def check(logps: PairLogps, positions: NDArray[np.int64]) -> None:
+        if logps.reference_chosen is None or logps.reference_rejected is None:
+            return  # of a loss that looks at no reference
+        for side, policy, reference, tokens in (
+            ("chosen", logps.policy_chosen, logps.reference_chosen, logps.chosen_tokens),
+            ("rejected", logps.policy_rejected, logps.reference_rejected, logps.rejected_tokens),
+        ):
+            per_token = (policy.detach() - reference).abs().double() / tokens
+            allowed = found.tolerance * (1 + FEW_TOKENS / tokens.double().sqrt())
+            exceeded = per_token / allowed
+            worst = int(exceeded.nan_to_num(nan=float("inf")).argmax())
+            if not exceeded[worst] <= 1:
+                raise NumericsError(
+                    f"Step 1: the {side} answer of {setup.training.describe_rows(positions[[worst]])} has log-probs "
+                    f"{float(per_token[worst]):.2g} nats per token from the reference's before the first update, although the "
+                    f"policy has its weights (allowed {float(allowed[worst]):.2g}). In training mode this model computes "
+                    "something else: the cached values cannot be used. Try --scoring padded, or allow more with "
+                    "--step0-tolerance."
+                )
+
+    return check
 
 
 def _other_quantization(options: TrainOptions, start: ModelIdentity) -> str:

@@ -101,7 +101,7 @@ def trained(
         frozen = _scorer(model, without, budget) if live else None
         policy = Policy(_scorer(model, without, budget), options, torch.float32, processes)
         throughput = Throughput(policy.scorer, backward=True)
-        gradients = Gradients(policy, choice, wanted, 0.0, measuring.SEED, processes)
+        gradients = Gradients(policy, choice, wanted, 0.0, measuring.SEED)
 
         def step(batch: list[EncodedPair]) -> float:
             if frozen is not None:

@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch
 
-from dpocli.commands import evaluate, example_pairs, reference, train
+from dpocli.commands import evaluate, example_pairs, reference, train_setup
 from dpocli.scoring import throughput
 from dpocli.scoring.layout import Layout
 from dpocli.scoring.layout_check import choose_layout, window_of
@@ -38,7 +38,7 @@ def shortcuts() -> Iterator[None]:
         mock.patch.object(example_pairs, "write_html_report"),
         mock.patch.object(throughput, "matmul_rate", _rate),
         mock.patch.object(step0, "NUM_DRAWN", STEP0_PAIRS),
-        mock.patch.object(train, "choose_layout", _choose_layout),
+        mock.patch.object(train_setup, "choose_layout", _choose_layout),
         mock.patch.object(evaluate, "choose_layout", _choose_layout),
         mock.patch.object(reference, "choose_layout", _choose_layout),
     ):

@@ -400,7 +400,9 @@ sys.exit(any(codes))
 
 
 def test_a_damaged_checkpoint_is_named(world: World, dpocli: Run, tmp_path: Path) -> None:
-    line = world.arguments("train --model {model} --reference {ref} --out {out}/run --max-steps 2", out=tmp_path)
+    line = world.arguments(
+        "train --model {model} --reference {ref} --out {out}/run --max-steps 2 --save-every 1", out=tmp_path
+    )
     assert dpocli(*line).code == 0
     run = tmp_path / "run"
     shutil.rmtree(run / "model")

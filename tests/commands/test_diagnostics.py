@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 
-from dpocli.commands import train
-from dpocli.config.commands import TrainOptions
+from dpocli.config.training_options import OptimizerOptions
 from dpocli.run.directory import RunDirectory
-from dpocli.training import monitor
+from dpocli.training import monitor, trainer
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, pictures
 from tests.commands.shortcuts import STEP0_PAIRS
 
@@ -60,7 +59,7 @@ def test_the_summary_has_what_a_report_needs(
     ].items()
     assert summary["seconds"]["training"] > 0
     assert summary["pairs_per_second"] == pytest.approx(56 / summary["seconds"]["training"], rel=0.02)
-    assert 0 < summary["model_flop_utilisation"] < 10
+    assert "model_flop_utilisation" not in summary
     assert summary["peak_memory_bytes"] > 1 << 26
 
 
@@ -145,13 +144,13 @@ def test_curves_are_there_before_the_end(
 # numbers that go bad
 
 
-def rate_of(bad_step: int, rate: float) -> Callable[[TrainOptions, int], Callable[[int], float]]:
+def rate_of(bad_step: int, rate: float) -> Callable[[OptimizerOptions, int], Callable[[int], float]]:
     return lambda options, num_steps: lambda step: rate if step == bad_step else 1e-4
 
 
 @pytest.fixture
 def breaking_at_step_4(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "learning_rates", rate_of(4, float("nan")))
+    monkeypatch.setattr(trainer, "learning_rates", rate_of(4, float("nan")))
 
 
 @pytest.mark.usefixtures("breaking_at_step_4")
@@ -195,7 +194,7 @@ def test_a_gradient_that_is_not_finite(
     cache: Path, tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights of 1e30 are finite and give a finite loss, since norms scale them away; their checkpoint is no good."""
-    monkeypatch.setattr(train, "learning_rates", rate_of(4, 1e30))
+    monkeypatch.setattr(trainer, "learning_rates", rate_of(4, 1e30))
     out = tmp_path / "run"
     line = ("train", "--model", MODEL, "--reference", cache, "--out", out, *SETTINGS, "--save-every", 1)
     result = dpocli(*line, "--max-grad-norm", 0, "--keep-last", 9)

@@ -196,7 +196,15 @@ def test_a_gate_that_cannot_be_is_an_error_before_anything_is_scored(
     assert not (out / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("losses", ["dpo,ipo", "aot", "beta_dpo", "bco_pair", "wpo", "dpo+0.2*sft", "simpo"])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        "dpo,ipo",
+        "bco_pair",
+        "dpo+0.2*sft",
+        *(pytest.param(loss, marks=pytest.mark.slow) for loss in ("aot", "beta_dpo", "wpo", "simpo")),
+    ],
+)
 def test_gates_are_known_beforehand_with_every_kind_of_loss(
     losses: str, held_out_cache: Path, tmp_path: Path, dpocli: Run
 ) -> None:

@@ -107,15 +107,23 @@ def test_an_adapter_needs_its_base_as_it_was(
         assert dpocli(*line, full, "--out", tmp_path / "full-r").code == 0, "it holds all weights"
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_over_shards(runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        ("full", ("--shards", 2)),
+        ("lora", ()),
+        pytest.param("full", (), marks=pytest.mark.slow),
+        pytest.param("lora", ("--shards", 2), marks=pytest.mark.slow),
+    ],
+)
+def test_on_two_processes(
+    runs: Mapping[str, Path], held_out_cache: Path, tmp_path: Path, dpocli: Run, kind: str, how: tuple[object, ...]
+) -> None:
     place = runs[kind] / "checkpoints" / "step-2"
     line = ("evaluate", "--reference", held_out_cache, "--model", place, "--out")
     assert dpocli(*line, tmp_path / "one").code == 0
-    for more in ((), ("--shards", 2)):
-        out = tmp_path / f"two{len(more)}"
-        on_processes(2, *line, out, *more)
-        np.testing.assert_allclose(margins(out)["margins"], margins(tmp_path / "one")["margins"], atol=1e-4)
+    on_processes(2, *line, tmp_path / "two", *how)
+    np.testing.assert_allclose(margins(tmp_path / "two")["margins"], margins(tmp_path / "one")["margins"], atol=1e-4)
 
 
 def test_training_on_from_an_adapter(

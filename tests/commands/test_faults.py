@@ -29,7 +29,7 @@ from dpocli.run.files import ABANDONED_HERE_SECONDS
 from dpocli.run.status import StatusFile
 from tests.caches import content_of, pairs_in, parts_of, tree
 from tests.commands.conftest import HELD_OUT, MODEL, ROOT, TRAIN, Run, quiet
-from tests.commands.warm_workers import BEGUN, WRITTEN, TokenCounter, Worker
+from tests.commands.warm_workers import BEGUN, WRITTEN, Tally, Worker
 
 KILLS = int(os.environ.get("DPOCLI_TEST_KILLS", "50"))
 WORKERS, KILLS_A_CACHE = 4, 14
@@ -99,14 +99,14 @@ def test_random_kills_cost_open_tiles_and_nothing_else(tmp_path: Path, capfd: py
     seed = random.randrange(2**32)
     chance = random.Random(seed)
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)
-    undisturbed, tally = tmp_path / "undisturbed", TokenCounter(tmp_path / "undisturbed.tally")
+    undisturbed, tally = tmp_path / "undisturbed", Tally(tmp_path / "undisturbed.tally")
     assert Worker.start([*line, "--out", undisturbed], tmp_path / "undisturbed.log", tally).end() == DONE
     assert tally.rows(BEGUN) == tally.rows(WRITTEN) == ROWS
     expected, names = content_of(undisturbed), part_names(undisturbed)
     kills = starts = caches = lost = redone = twice = 0
     while kills < KILLS:
         out, log = tmp_path / f"cache-{caches}", tmp_path / f"cache-{caches}.log"
-        tally = TokenCounter(tmp_path / f"cache-{caches}.tally")
+        tally = Tally(tmp_path / f"cache-{caches}.tally")
         planned = min(KILLS_A_CACHE, KILLS - kills)
         killed, started = filled_by_workers_that_are_killed([*line, "--out", out], log, tally, chance, planned)
         kills, starts, caches = kills + killed, starts + started, caches + 1
@@ -135,7 +135,7 @@ def test_random_kills_cost_open_tiles_and_nothing_else(tmp_path: Path, capfd: py
 
 
 def filled_by_workers_that_are_killed(
-    line: list[object], log: Path, tally: TokenCounter, chance: random.Random, planned: int
+    line: list[object], log: Path, tally: Tally, chance: random.Random, planned: int
 ) -> tuple[int, int]:
     """Number of kills, and of workers started. At the end all that are left are killed; some of the cache is there."""
     out = Path(str(line[-1]))
@@ -168,7 +168,7 @@ def filled_by_workers_that_are_killed(
 def test_sigterm_at_random_moments(tmp_path: Path) -> None:
     """75, whether the work has begun or not; a process that is only being forked is ended by the signal."""
     line = ("precompute", "--model", MODEL, "--data", TRAIN, "--limit", ROWS, "--rows-per-part", ROWS_PER_PART)
-    out, log, tally = tmp_path / "ref", tmp_path / "log", TokenCounter(tmp_path / "tally")
+    out, log, tally = tmp_path / "ref", tmp_path / "log", Tally(tmp_path / "tally")
     chance = random.Random()
     codes = []
     for _ in range(8):

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from dpocli.run.directory import RunDirectory
 from dpocli.run.metrics_log import MetricsLog
 from tests.commands.conftest import MODEL, TRAIN, Run, metrics_of, quiet, tensors_of
-from tests.commands.warm_workers import TokenCounter, Worker
+from tests.commands.warm_workers import Tally, Worker
 
 SETTINGS = ("--learning-rate", "5e-4", "--batch-size", "8", "--max-steps", "12", "--save-every", "3")
 
@@ -189,7 +189,7 @@ def test_many_kills_leave_no_trace(train_line: tuple[object, ...], undisturbed: 
         code, turn = None, 0
         while code != 0:
             worker = Worker.start(
-                (*train_line, "--save-every", 1, "--out", out), tmp_path / "log", TokenCounter(tmp_path / "tally")
+                (*train_line, "--save-every", 1, "--out", out), tmp_path / "log", Tally(tmp_path / "tally")
             )
             began, seen = time.monotonic(), steps_done(out)
             # From the first step on every instant is as likely; a run that is never let to a step would never end.

@@ -136,7 +136,7 @@ POINTS = {
     "after the name": at(BestCheckpoint, "name", 1, after=True),
     "after the row at which the run ends, before its checkpoint": at(Trainer, "save", 4, after=False),
     "after the last checkpoint": at(Trainer, "save", 4, after=True),
-    "while the best model is fetched": at(Trainer, "go_back_to", 1, after=True),
+    "while the best model is fetched": at(Trainer, "load", 1, after=True),
     "before the summary": at(RunDirectory, "write_summary", 1, after=False),
     "in the middle": at(MetricsLog, "append", 6, after=True),
 }

@@ -37,7 +37,7 @@ def test_a_run_that_was_broken_off_ends_in_the_same_bits(
         patch.setattr(Trainer, "step", broken_off)
         assert dpocli(*line("broken")).code == 130
     again = dpocli(*line("broken"))
-    assert (again.code, "Going on after step 3" in again.err) == (0, True), again.err
+    assert (again.code, "Resuming after step 3" in again.err) == (0, True), again.err
     assert metrics_of(tmp_path / "broken") == metrics_of(tmp_path / "undisturbed")
     first, second = (tmp_path / out / "model" / "model.safetensors" for out in ("undisturbed", "broken"))
     assert first.read_bytes() == second.read_bytes()

@@ -176,12 +176,12 @@ def test_reference_free_training_from_raw_rows_equals_training_from_a_cache(
 
 def test_a_held_out_fraction_shares_no_prompt_with_training(cache: Path, tmp_path: Path) -> None:
     from dpocli.cache.reader import PairStore
-    from dpocli.commands.train import split_pairs
+    from dpocli.commands.train_setup import split_pairs
     from dpocli.config.commands import TrainOptions
 
     store = PairStore.open(cache)
     options = build_options(TrainOptions, model=str(MODEL), out=tmp_path, reference=cache, eval_fraction=0.3)
-    training, held_out = split_pairs(options, store, None)
+    training, held_out = split_pairs(options.held_out, store, None)
     assert held_out is not None
     assert len(training) + len(held_out) == len(store) == 40
     prompts = [{pair.prompt_ids.tobytes() for pair in view.load(np.arange(len(view)))} for view in (training, held_out)]

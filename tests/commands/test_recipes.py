@@ -123,5 +123,5 @@ def test_a_misspelled_recipe(tmp_path: Path, dpocli: Run) -> None:
 def test_recipes_are_installed_and_listed() -> None:
     package = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     assert all(any(path.match(f"dpocli/{pattern}") for pattern in package["dpocli"]) for path in RECIPES.iterdir())
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert all(f"`{recipe(name)}`" in readme for name in PUBLISHED)
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert all(f"`{recipe(name)}`" in page for name in PUBLISHED)

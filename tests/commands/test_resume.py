@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpocli.checkpoint import retention, storage
-from dpocli.commands import train, train_outputs
+from dpocli.commands import train_outputs, train_setup
 from dpocli.distributed import shared_filesystem
 from dpocli.model.save import save_model
 from dpocli.training import trainer
@@ -56,6 +56,7 @@ def stopped(undisturbed: Path, tmp_path: Path) -> Path:
         (out / name).unlink(missing_ok=True)
     rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(rows[:3]))
+    replace_json(out / "status.json", lambda status: status.update(state="preempted", exit_code=75, step=2))
     best = min((row for row in metrics_of(out)[1:]), key=lambda row: row["eval/loss"])
     write_best(out, int(best["step"]), best)
     return out
@@ -79,7 +80,7 @@ def assert_refused(result: Result, *words: object) -> None:
 
 def assert_goes_on(result: Result, after: int, *words: object) -> None:
     assert result.code == 0, result.err
-    assert f"Going on after step {after} of 4" in result.err
+    assert f"Resuming after step {after} of 4" in result.err
     for word in words:
         assert str(word) in said(result), result.err
 
@@ -280,7 +281,7 @@ def test_a_damaged_checkpoint_stays_aside_and_the_one_before_goes_on(
     write_best(stopped, 2, metrics_of(stopped)[2])
     damage(places / "step-2")
     result = dpocli(*line, "--out", stopped)
-    assert_goes_on(result, 1, "warning: The checkpoint", words, "goes on from step-1", places / ".damaged-step-2")
+    assert_goes_on(result, 1, "warning: The checkpoint", words, "resumes from step-1", places / ".damaged-step-2")
     assert not any(name in result.err for name in ("KeyError", "SafetensorError", "Error:"))
     assert (places / ".damaged-step-2").is_dir()
     assert (places / "step-2").is_dir(), "made again"
@@ -355,7 +356,7 @@ def test_a_damaged_best_one_that_is_not_the_newest(undisturbed: Path, line: Line
     words = (place, "that of the best step by held-out loss", f"step-{following}, then becomes OUT/model")
     result = dpocli(*line, "--out", out)
     assert_refused(result, *words)
-    assert "goes on from the checkpoint before" not in said(result)
+    assert "resumes from the checkpoint before" not in said(result)
     shutil.rmtree(place)
     assert_goes_on(dpocli(*line, "--out", out), 4)
     assert json.loads((out / "summary.json").read_text())["model_step"] == following
@@ -369,7 +370,7 @@ def test_rows_that_are_gone_are_told(kept: int, gone: str, stopped: Path, line: 
     path = stopped / "metrics.jsonl"
     rows = path.read_text().splitlines(keepends=True)
     path.write_text("".join(rows[:kept])) if kept else path.unlink()
-    which = "those of steps 1 to 2" if not kept else "those of steps 2"
+    which = "steps 1 to 2" if not kept else "steps 2"
     result = dpocli(*line, "--out", stopped)
     assert_goes_on(result, 2, "warning:", path, gone, which, "lost for --keep-best")
     shutil.rmtree(stopped / "model")
@@ -428,7 +429,7 @@ def test_the_status_knows_the_step_before_the_first_new_one(
 
     cut_off(stopped / "checkpoints" / "step-2")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "load_policy", look)
+        patch.setattr(train_setup, "load_policy", look)
         assert dpocli(*line, "--out", stopped).code == 7
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", look)
@@ -483,10 +484,10 @@ def test_a_checkpoint_that_finds_no_room_leaves_the_disk_as_it_was(
     out, whole = small_disk / "run", Trainer.save
     size = sum(path.stat().st_size for path in (undisturbed / "checkpoints" / "step-4").iterdir())
 
-    def filling(self: Trainer, checkpoints: Path, step: int, num_rows: int) -> None:
+    def filling(self: Trainer, step: int, *more: Any) -> None:
         if step == 2:
             fill(small_disk, but=size // 2)
-        whole(self, checkpoints, step, num_rows)
+        whole(self, step, *more)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", filling)
@@ -579,7 +580,7 @@ def test_two_processes_go_back_together(stopped: Path, undisturbed: Path, line: 
     cut_off(stopped / "checkpoints" / "step-2")
     codes, words = ended(2, *line, "--out", stopped)
     assert codes == [0, 0], words
-    assert "goes on from step-1" in " ".join(words.split())
+    assert "resumes from step-1" in " ".join(words.split())
     assert [row["step"] for row in metrics_of(stopped)] == [row["step"] for row in metrics_of(undisturbed)]
 
 

@@ -184,7 +184,7 @@ def test_a_stopped_run_goes_on_in_another_way(
     (out / "summary.json").unlink()
     result = dpocli(*line, "padded")
     assert result.code == 0, result.err
-    assert "Going on after step 2" in result.err
+    assert "Resuming after step 2" in result.err
     for row, other in zip(metrics_of(runs["padded"]), metrics_of(out), strict=True):
         assert_close(other, row)
 

@@ -19,7 +19,7 @@ from tests.tiny_models import build
 
 LINE = ("--batch-size", 8, "--learning-rate", "1e-3", "--eval-fraction", 0.2, "--eval-every", 2)
 SHARDED = [
-    (2, ("--shards", 2)),
+    pytest.param(2, ("--shards", 2), marks=pytest.mark.slow),  # so begins the test of a checkpoint, too
     (4, ("--shards", 2, "--gradient-checkpointing", "--token-budget", 300)),
     pytest.param(4, ("--shards", 4, "--cpu-offload"), marks=pytest.mark.slow),
     (1, ("--cpu-offload",)),
@@ -100,7 +100,7 @@ def saved(model: PreTrainedModel, directory: Path) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_weights_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
     """No process ever has them all: nothing is loaded whole, and the forward pass is that of a plain load."""
     model = AutoModelForCausalLM.from_pretrained(MODEL)

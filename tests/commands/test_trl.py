@@ -1,4 +1,4 @@
-"""A cache trains in TRL's DPOTrainer by the lines that the README shows, where TRL is installed."""
+"""A cache trains in TRL's DPOTrainer by the lines that docs/cache.md shows, where TRL is installed."""
 
 import json
 import re
@@ -12,14 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.commands.conftest import MODEL, Run
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "cache.md"
 
 
-def readme_lines() -> str:
+def lines_of_the_page() -> str:
     """The block that begins with the import of TRL."""
-    (block,) = re.findall(
-        r"```python\n(from datasets import[^`]*?from trl import.*?)```", README.read_text(), re.DOTALL
-    )
+    (block,) = re.findall(r"```python\n(from datasets import[^`]*?from trl import.*?)```", PAGE.read_text(), re.DOTALL)
     return block
 
 
@@ -49,7 +47,7 @@ def test_the_first_loss_of_trl_is_ours(
         "model": AutoModelForCausalLM.from_pretrained(other_model, dtype=torch.float32),
         "tokenizer": AutoTokenizer.from_pretrained(other_model),
     }
-    exec(readme_lines().partition("trainer.train()")[0], names)
+    exec(lines_of_the_page().partition("trainer.train()")[0], names)
     trainer = names["trainer"]
     batch = trainer.data_collator(list(trainer.train_dataset))
     with torch.no_grad():

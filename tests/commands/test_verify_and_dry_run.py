@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpocli.commands import precompute_estimate
+from dpocli.commands import precompute_report
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.model import hashing
 from tests.caches import pairs_in, tree, with_other_values, write_rows
@@ -327,8 +327,8 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(copy: Path, cache: Path, tm
 
 
 def test_large_data_are_sampled(tmp_path: Path, dpocli: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precompute_estimate, "SAMPLED_ROWS", 24)
-    monkeypatch.setattr(precompute_estimate, "NEIGHBOURS", 6)
+    monkeypatch.setattr(precompute_report, "SAMPLED_ROWS", 24)
+    monkeypatch.setattr(precompute_report, "NEIGHBOURS", 6)
     rows = write_rows(tmp_path / "rows.jsonl", [*ROWS[:2], SKIPPED] * 40)
     line = ("precompute", "--model", MODEL, "--data", rows, "--out", tmp_path / "ref", "--dry-run")
     figures = dpocli(*line, "--json").json
@@ -345,15 +345,15 @@ def test_large_data_are_sampled(tmp_path: Path, dpocli: Run, monkeypatch: pytest
 
 @pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 2048, 2049, 5000, 1_000_000])
 def test_samples_are_spread_over_all_rows(num_rows: int) -> None:
-    starts = list(precompute_estimate._starts(num_rows))
-    covered = [row for start in starts for row in range(start, min(start + precompute_estimate.NEIGHBOURS, num_rows))]
-    assert len(set(covered)) == len(covered) <= precompute_estimate.SAMPLED_ROWS
+    starts = list(precompute_report._starts(num_rows))
+    covered = [row for start in starts for row in range(start, min(start + precompute_report.NEIGHBOURS, num_rows))]
+    assert len(set(covered)) == len(covered) <= precompute_report.SAMPLED_ROWS
     assert starts[0] == 0
     assert max(covered) == num_rows - 1
-    if num_rows <= precompute_estimate.SAMPLED_ROWS:
+    if num_rows <= precompute_report.SAMPLED_ROWS:
         assert len(covered) == num_rows
     gaps = np.diff(starts)
-    assert all(abs(gap - gaps.mean()) < precompute_estimate.NEIGHBOURS for gap in gaps)
+    assert all(abs(gap - gaps.mean()) < precompute_report.NEIGHBOURS for gap in gaps)
 
 
 def test_the_dtype_of_a_cache_is_its_default(tmp_path: Path, dpocli: Run) -> None:

@@ -1,6 +1,7 @@
 """Imported by the process from which `warm_workers` are forked: it has done once what each of them does."""
 
 import contextlib
+import gc
 import os
 import tempfile
 
@@ -28,3 +29,4 @@ with (
         ("evaluate", "--model", MODEL, "--reference", reference, "--out", f"{directory}/report"),
     ):
         run_command_line(shortened(line))
+gc.freeze()  # so that no fork goes through the objects of the libraries, and copies their pages

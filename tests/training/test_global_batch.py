@@ -49,16 +49,16 @@ def assert_the_same(found: PairLogps, expected: PairLogps) -> None:
 def test_places_are_those_of_the_batch() -> None:
     positions = shuffled(17)
     batch = GlobalBatch(positions, LogpColumns(), ALONE)
-    assert batch.places(positions).tolist() == list(range(17))
+    assert batch.index(positions).tolist() == list(range(17))
     members = np.random.default_rng(1).permutation(17)[:6]
-    assert batch.places(positions[members]).tolist() == members.tolist()
+    assert batch.index(positions[members]).tolist() == members.tolist()
 
 
 def test_a_micro_batch_without_pairs_has_no_places() -> None:
     positions = shuffled(5)
     nobody = positions[[]]
     assert nobody.dtype == np.int64
-    places = GlobalBatch(positions, LogpColumns(), ALONE).places(nobody)
+    places = GlobalBatch(positions, LogpColumns(), ALONE).index(nobody)
     assert (places.shape, places.dtype) == ((0,), torch.int64)
     assert torch.ones(5, dtype=torch.float64)[places].sum() == 0
 
@@ -75,17 +75,17 @@ def test_what_is_put_in_pieces_comes_back_whole_and_exact(parts: int, wanted: Lo
     positions, logps = shuffled(17), logps_of(17, wanted)
     batch = GlobalBatch(positions, wanted, ALONE)
     for members in np.array_split(np.random.default_rng(2).permutation(17), parts):
-        batch.put(positions[members], some(logps, members))
-    assert_the_same(batch.everywhere(), logps)
-    assert tuple(batch.everywhere().columns()) == wanted.names
+        batch.write(positions[members], some(logps, members))
+    assert_the_same(batch.all_gather(), logps)
+    assert tuple(batch.all_gather().columns()) == wanted.names
 
 
 def test_counts_stay_exact_where_float32_would_round_them() -> None:
     positions, logps = shuffled(3), logps_of(3, LogpColumns())
     counts = torch.tensor([2**24 + 1, 2**31 + 1, 2**53 - 1])
     batch = GlobalBatch(positions, LogpColumns(), ALONE)
-    batch.put(positions, PairLogps(logps.policy_chosen, logps.policy_rejected, None, None, counts, counts.flip(0)))
-    whole = batch.everywhere()
+    batch.write(positions, PairLogps(logps.policy_chosen, logps.policy_rejected, None, None, counts, counts.flip(0)))
+    whole = batch.all_gather()
     assert [int(value) for value in whole.chosen_tokens] == counts.tolist()
     assert [int(value) for value in whole.rejected_tokens] == counts.flip(0).tolist()
 
@@ -97,8 +97,8 @@ def test_it_holds_no_graph() -> None:
         logps.rejected_tokens,
     )  # fmt: skip
     batch = GlobalBatch(positions, LogpColumns(), ALONE)
-    batch.put(positions, live)
-    assert not any(column.requires_grad for column in batch.everywhere().columns().values())
+    batch.write(positions, live)
+    assert not any(column.requires_grad for column in batch.all_gather().columns().values())
 
 
 def sharing(said: list[Tensor]) -> Callable[[int, int], Processes]:
@@ -122,7 +122,7 @@ def test_what_several_processes_hold_adds_up_to_the_whole(count: int) -> None:
     for rank in range(count):
         batch = GlobalBatch(positions, EVERYTHING, process(rank, count))
         if rank < len(hands):
-            batch.put(positions[hands[rank]], some(logps, hands[rank]))
-        whole = batch.everywhere()
+            batch.write(positions[hands[rank]], some(logps, hands[rank]))
+        whole = batch.all_gather()
     assert whole is not None
     assert_the_same(whole, logps)

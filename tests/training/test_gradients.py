@@ -165,7 +165,7 @@ def by_the_engine(
     policy = Policy(scorer, options, torch.float32, processes)
     wanted = wanted_by(choice)
     step = Step(number, micro_batches, GlobalBatch(batch.positions, wanted, processes), batch.weights)
-    logps, after = Gradients(policy, choice, wanted, router, SEED, processes).accumulate(step, states)
+    logps, after = Gradients(policy, choice, wanted, router, SEED).accumulate(step, states)
     value = batch_loss(losses.compute(choice, logps, after).losses, batch.weights)
     grads = {name: cast(DTensor, parameter.grad).full_tensor() for name, parameter in policy.master_weights}
     return Found(float(value), grads, after)

@@ -11,7 +11,7 @@ from dpocli.config.commands import TrainOptions
 from dpocli.config.flags import build_options
 from dpocli.distributed.processes import Processes
 from dpocli.run.files import write_json
-from dpocli.training.model_selection import BestCheckpoint, Course, Evaluation, best, evaluations, has_stalled
+from dpocli.training.model_selection import BestCheckpoint, Evaluation, ModelSelection, best, evaluations, has_stalled
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -149,19 +149,21 @@ LOSSES = (0.7, 0.6, 0.5, 0.55, 0.45, 0.46, 0.47, 0.48)
 
 
 @pytest.mark.parametrize("kill_after", range(1, len(LOSSES)))
-def test_a_course_that_is_broken_off_goes_on_as_if_it_had_not_been(kill_after: int, tmp_path: Path) -> None:
+def test_a_selection_that_is_interrupted_ends_as_if_it_had_not_been(kill_after: int, tmp_path: Path) -> None:
     """Killed after the row of an evaluation, before its checkpoint or before that is named: the step is done again."""
 
-    def drive(directory: Path, kills: list[int]) -> list[tuple[int, bool, bool]]:
+    def drive(run: Path, kills: list[int]) -> list[tuple[int, bool, bool]]:
         options = build_options(
-            TrainOptions, model="m", out="o", reference="r", eval_fraction=0.1, keep_best="loss", early_stopping=3
+            TrainOptions, model="m", out=run, reference="r", eval_fraction=0.1, keep_best="loss", early_stopping=3
         )
         rows, decided, done = [row(0, LOSSES[0])], [], 0
-        course = Course(options, checkpoints(directory), rows, ALONE)
-        while done < len(LOSSES) - 1 and not course.has_stalled():
+        directory = checkpoints(run / "checkpoints")
+        directory.mkdir(parents=True)
+        selection = ModelSelection(options, rows, ALONE)
+        while done < len(LOSSES) - 1 and not selection.has_stalled():
             step = done + 1
-            course.add(row(step, LOSSES[step]))
-            entry = (step, course.is_best_at(step), course.has_stalled())
+            selection.add(row(step, LOSSES[step]))
+            entry = (step, selection.is_best_at(step), selection.has_stalled())
             if kills and kills[0] == step:
                 kills.pop()
                 if step % 2:  # the checkpoint is there, and best.json does not know of it
@@ -169,12 +171,12 @@ def test_a_course_that_is_broken_off_goes_on_as_if_it_had_not_been(kill_after: i
                     rows.append(row(step, LOSSES[step]))
                     decided.append(entry)
                     done = step
-                course = Course(options, directory, rows, ALONE)
+                selection = ModelSelection(options, rows, ALONE)
                 continue
             rows.append(row(step, LOSSES[step]))
             if entry[1]:
                 checkpoints(directory, step)
-            course.saved(step)
+            selection.saved(step)
             decided.append(entry)
             done = step
         return decided
@@ -183,4 +185,4 @@ def test_a_course_that_is_broken_off_goes_on_as_if_it_had_not_been(kill_after: i
     assert [step for step, is_best, _ in undisturbed if is_best] == [1, 2, 4]
     assert [step for step, _, ends in undisturbed if ends] == [7]
     assert drive(tmp_path / "killed", [kill_after]) == undisturbed
-    assert best_step(tmp_path / "killed") == best_step(tmp_path / "undisturbed") == 4
+    assert best_step(tmp_path / "killed/checkpoints") == best_step(tmp_path / "undisturbed/checkpoints") == 4

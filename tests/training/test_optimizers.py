@@ -14,8 +14,8 @@ from dpocli.config.flags import build_options
 from dpocli.distributed.processes import Processes, init_processes
 from dpocli.errors import UsageError
 from dpocli.scoring.scorer import PairScorer
-from dpocli.training import eight_bit
-from dpocli.training.optimizers import STATE_BYTES, make_optimizer, state_bytes
+from dpocli.training import optimizers
+from dpocli.training.optimizers import STATE_BYTES, allocate_state, make_optimizer, state_bytes
 from dpocli.training.policy import Policy
 from tests.tiny_models import build
 
@@ -70,7 +70,7 @@ def both(name: str, plain: Any, alone: Processes, **given: object) -> tuple[list
     model = build("llama-untied")
     ordinary = [parameter for _, parameter in copy.deepcopy(model).named_parameters()]
     policy = Policy(PairScorer(model), options(optimizer=name, **given), torch.float32, alone)
-    ours = make_optimizer(policy, options(optimizer=name, **given))
+    ours = make_optimizer(policy, options(optimizer=name, **given).optimizer)
     return moved(ours, [parameter for _, parameter in policy.master_weights]), moved(plain(ordinary), ordinary)
 
 
@@ -103,6 +103,8 @@ def test_8_bit_adamw_goes_about_where_adamw_goes(alone: Processes) -> None:
 @needs_bitsandbytes
 def test_8_bit_moments_take_8_bits_and_survive_a_checkpoint_exactly() -> None:
     pytest.importorskip("bitsandbytes")
+    from dpocli.training.eight_bit import EightBitAdamW
+
     shapes = [(70, 90), (300,)]  # the last block of the first is not full
 
     def parameters() -> list[nn.Parameter]:
@@ -111,50 +113,85 @@ def test_8_bit_moments_take_8_bits_and_survive_a_checkpoint_exactly() -> None:
 
     first, second = parameters(), parameters()
     one, other = (
-        eight_bit.EightBitAdamW(some, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-        for some in (first, second)
+        EightBitAdamW(some, lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0) for some in (first, second)
     )
-    assert not dict(one.state[first[0]]), "nothing is remembered before the first step"
+    assert first[0] not in one.state, "no state before the first step"
     moved(one, first)
     assert {key: str(value.dtype) for key, value in one.state[first[0]].items()} == {
-        "step": "torch.float32", "codes1": "torch.uint8", "scales1": "torch.float32", "codes2": "torch.uint8",
-        "scales2": "torch.float32",
+        "step": "torch.float32", "state1": "torch.uint8", "absmax1": "torch.float32", "state2": "torch.uint8",
+        "absmax2": "torch.float32",
     }  # fmt: skip
-    assert set(one.state[first[1]]) == {"step", "moment1", "moment2"}
+    assert {key: value.dtype for key, value in one.state[first[1]].items()} == dict.fromkeys(
+        ("step", "state1", "state2"), torch.float32
+    )
     for old, new in zip(first, second, strict=True):
         new.data.copy_(old.data)
-        for key, value in one.state[old].items():
-            assert value.dim() == 0 or value.shape == old.shape
-            other.state[new][key] = value.float().clone()  # as checkpoints of float32 give codes back
+        other.state[new] = {key: value.clone() for key, value in one.state[old].items()}
     assert all(map(torch.equal, moved(one, first), moved(other, second)))
 
 
 @needs_bitsandbytes
-def test_8_bit_moments_are_refused_where_they_cannot_be_had(alone: Processes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", STATE_BYTES)
+def test_allocated_state_changes_no_weight_no_gradient_and_no_later_step(name: str, alone: Processes) -> None:
+    """To the bit: the rehearsal of the largest pass runs beside it, and training starts afterwards."""
+    if name == "adamw-8bit":
+        pytest.importorskip("bitsandbytes")
+    given = options(optimizer=name) if name == "rmsprop" else options(optimizer=name, weight_decay=0.1)
+
+    def start() -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+        policy = Policy(PairScorer(build("llama-untied")), given, torch.float32, alone)
+        weights = [parameter for _, parameter in policy.master_weights]
+        with torch.no_grad():
+            whole_local = weights[0].to_local()  # type: ignore[operator]
+            whole_local.view(-1)[:2] = torch.tensor([-0.0, 0.0])
+        return make_optimizer(policy, given.optimizer), weights
+
+    (fresh, untouched), (allocated, weights) = start(), start()
+    before = bits(weights)
+    allocate_state(allocated)
+    assert all(map(torch.equal, bits(weights), before))
+    assert all(weight.grad is None for weight in weights)
+    assert all(float(state["step"]) == 0 for state in allocated.state.values())
+    assert len(allocated.state) == len(weights)
+    assert allocated.param_groups[0]["lr"] == RATE
+    assert all(map(torch.equal, moved(allocated, weights), moved(fresh, untouched)))
+    for one, other in zip(weights, untouched, strict=True):
+        for key, value in fresh.state[other].items():
+            assert torch.equal(whole(allocated.state[one][key]), whole(value)), key
+
+
+def bits(weights: list[nn.Parameter]) -> list[Tensor]:
+    return [whole(weight.detach()).view(torch.int32).clone() for weight in weights]
+
+
+@needs_bitsandbytes
+def test_8_bit_moments_are_refused_where_they_are_not_available(
+    alone: Processes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given = options(optimizer="adamw-8bit")
     policy = Policy(PairScorer(build("llama-untied")), given, torch.float32, alone)
     with monkeypatch.context() as patch:
-        patch.setattr(eight_bit, "find_spec", lambda _: None)
+        patch.setattr(optimizers, "find_spec", lambda _: None)
         with pytest.raises(UsageError, match=r"pip install 'dpocli\[quantization\]'"):
-            make_optimizer(policy, given)
+            make_optimizer(policy, given.optimizer)
     pytest.importorskip("bitsandbytes")
     with monkeypatch.context() as patch:
         patch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
         with pytest.raises(UsageError, match="no kernel for cpu"):
-            make_optimizer(policy, given)
-    monkeypatch.setattr(eight_bit, "_whole", lambda tensor: tensor.full_tensor()[:1])
+            make_optimizer(policy, given.optimizer)
+    policy.is_sharded = True
     with pytest.raises(UsageError, match="do not end where shards do"):
-        make_optimizer(policy, given)
+        make_optimizer(policy, given.optimizer)
 
 
 @pytest.mark.parametrize("name", STATE_BYTES)
 def test_the_bytes_that_a_plan_counts(name: str, alone: Processes) -> None:
     policy = Policy(PairScorer(build("llama-untied")), options(optimizer=name), torch.float32, alone)
-    assert state_bytes(policy, options(optimizer=name)) == policy.num_parameters() * STATE_BYTES[name]
+    assert state_bytes(policy, options(optimizer=name).optimizer) == policy.num_parameters() * STATE_BYTES[name]
     if name != "adamw-8bit":  # which keeps small parameters in float32
-        optimizer = make_optimizer(policy, options(optimizer=name))
+        optimizer = make_optimizer(policy, options(optimizer=name).optimizer)
         moved(optimizer, [parameter for _, parameter in policy.master_weights])
         kept = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
         assert sum(value.numel() * value.element_size() for value in kept) == state_bytes(
-            policy, options(optimizer=name)
+            policy, options(optimizer=name).optimizer
         )

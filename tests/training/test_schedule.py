@@ -7,18 +7,21 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from dpocli.config.commands import TrainOptions
-from dpocli.config.flags import build_options
+from dpocli.config.training_options import OptimizerOptions
 from dpocli.errors import DataError, UsageError
 from dpocli.training.schedule import Schedule, default_batch_size, learning_rates
 
 
-def options(**given: object) -> TrainOptions:
-    return build_options(TrainOptions, **{"model": "m", "out": "o", "reference": "r"} | given)
+def options(**given: object) -> OptimizerOptions:
+    return OptimizerOptions.model_validate(given)
+
+
+def plan(num_pairs: int, num_processes: int = 1, seed: int = 0, **given: object) -> Schedule:
+    return Schedule.plan(options(**given), num_pairs, num_processes, seed)
 
 
 def test_an_epoch_is_every_pair_once_and_the_last_batch_may_be_smaller() -> None:
-    schedule = Schedule.plan(options(batch_size=8, epochs=2, seed=3), num_pairs=27, num_processes=1)
+    schedule = plan(27, seed=3, batch_size=8, epochs=2)
     assert schedule.num_steps == 8
     epochs = [[schedule.batch(step) for step in range(start, start + 4)] for start in (1, 5)]
     for epoch in epochs:
@@ -28,19 +31,19 @@ def test_an_epoch_is_every_pair_once_and_the_last_batch_may_be_smaller() -> None
 
 
 def test_a_batch_is_the_callers_own() -> None:
-    schedule = Schedule.plan(options(batch_size=8), num_pairs=27, num_processes=1)
+    schedule = plan(27, batch_size=8)
     expected = schedule.batch(1).tolist()
     schedule.batch(1)[:] = 0
     assert schedule.batch(1).tolist() == expected
 
 
 def test_the_order_does_not_depend_on_the_number_of_processes() -> None:
-    one, two = (Schedule.plan(options(batch_size=8), num_pairs=50, num_processes=count) for count in (1, 2))
+    one, two = (plan(50, count, batch_size=8) for count in (1, 2))
     assert all(np.array_equal(one.batch(step), two.batch(step)) for step in range(1, one.num_steps + 1))
 
 
 def test_another_seed_is_another_order() -> None:
-    orders = [Schedule.plan(options(batch_size=50, seed=seed), 50, 1).batch(1).tolist() for seed in (0, 1, 0)]
+    orders = [plan(50, seed=seed, batch_size=50).batch(1).tolist() for seed in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
 
 
@@ -49,14 +52,14 @@ def test_the_default_batch_is_at_most_a_tenth_of_the_pairs() -> None:
 
 
 def test_max_steps_sets_the_length() -> None:
-    assert Schedule.plan(options(batch_size=8, max_steps=5), num_pairs=1000, num_processes=1).num_steps == 5
+    assert plan(1000, batch_size=8, max_steps=5).num_steps == 5
 
 
 def test_fewer_pairs_a_step_than_processes_is_an_error() -> None:
     with pytest.raises(UsageError, match="--batch-size 2: fewer pairs a step than the 4 processes"):
-        Schedule.plan(options(batch_size=2), num_pairs=100, num_processes=4)
+        plan(100, 4, batch_size=2)
     with pytest.raises(DataError, match="no pair to train on"):
-        Schedule.plan(options(), num_pairs=0, num_processes=1)
+        plan(0)
 
 
 def test_no_batch_is_wasted_on_a_learning_rate_of_zero() -> None:

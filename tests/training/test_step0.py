@@ -12,6 +12,8 @@ from dpocli.cache.view import PairView
 from dpocli.data.batch import PairBatch
 from dpocli.data.preference import EncodedPair, ReferenceLogps
 from dpocli.distributed.processes import Processes
+from dpocli.errors import NumericsError
+from dpocli.objective.logps import PairLogps
 from dpocli.scoring.scorer import PairScorer
 from dpocli.training import step0
 from tests.pairs import random_pairs
@@ -83,3 +85,33 @@ def test_the_longest_pairs_are_always_among_those_drawn() -> None:
         assert 32 <= len(positions) <= 36
         assert set(np.argsort(-view.lengths, kind="stable")[:4]) <= set(positions)
     assert not np.array_equal(step0.chosen_positions(view, 0), step0.chosen_positions(view, 1))
+
+
+def first_batch(off: float, *, binding: bool = True, **given: bool) -> None:
+    """Check a batch of which the last chosen answer is off by some nats per token."""
+    pairs = random_pairs(3, longest=30)
+    lengths = torch.tensor([len(pair.chosen_ids) for pair in pairs]).double()
+    zeros = torch.zeros(3, dtype=torch.float64)
+    policy = zeros.clone()
+    policy[2] = off * lengths[2]
+    setup = SimpleNamespace(
+        options=SimpleNamespace(policy=SimpleNamespace(model_dropout=given.get("model_dropout", False))),
+        training=SimpleNamespace(describe_rows=lambda positions: f"rows {positions.tolist()}"),
+    )
+    found = step0.Step0(0.0, 0.0, 0, 0.0, 3, 1e-4, is_binding=binding)
+    check = step0.first_batch_check(setup, found)
+    if check:
+        check(PairLogps(policy, zeros, zeros, zeros, lengths, lengths), np.array([5, 6, 7]))
+
+
+def test_the_first_batch_must_be_the_reference() -> None:
+    first_batch(1e-5)
+    with pytest.raises(NumericsError, match=r"Step 1: the chosen answer of rows \[7\] .* before the first update"):
+        first_batch(0.01)
+    with pytest.raises(NumericsError):
+        first_batch(float("nan"))
+
+
+def test_the_first_batch_may_differ_where_the_policy_is_another_model_or_has_dropout() -> None:
+    first_batch(1.0, binding=False)
+    first_batch(1.0, model_dropout=True)
