@@ -13,7 +13,15 @@ from dpocli.distributed.processes import Processes
 from dpocli.errors import DpoError, ResourceError, UsageError, is_out_of_memory
 from dpocli.scoring.block_mask import try_kernel
 from dpocli.scoring.oracle import SideLogps, oracle_logps, worst_region
-from dpocli.scoring.passes import ScoredPass, micro_batches, pair_sizes, release_cached_memory, score, score_passes
+from dpocli.scoring.passes import (
+    ScoredPass,
+    check_ids,
+    micro_batches,
+    pair_sizes,
+    release_cached_memory,
+    score,
+    score_passes,
+)
 from dpocli.scoring.scorer import PairScorer
 
 OUT_OF_MEMORY = "out of memory"
@@ -67,6 +75,7 @@ class LayoutTrial:
     ) -> None:
         self._scorer, self._pairs, self._processes, self._gradient = scorer, pairs, processes, gradient
         self._tolerance = TOLERANCES[scorer.compute_dtype]
+        check_ids(scorer, pairs)
         self._oracle = oracle_logps(scorer, pairs)
         self._expected = self._logps(pairs)
         alone = [self._logps([pair])[0] for pair in pairs]

@@ -79,14 +79,20 @@ def score(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> tuple[PairBatch, 
         UsageError: a token id beyond the model's embeddings, or a position beyond its position table. (On a GPU either would
             be a device-side assertion, which names no cause.)
     """
+    check_ids(scorer, pairs)
     batch = PairBatch.of(pairs)
+    return batch, scorer(batch)
+
+
+def check_ids(scorer: PairScorer, pairs: Sequence[EncodedPair]) -> None:
+    """Raise UsageError for a token id or a position that the model has no row for."""
     _check_positions(scorer, max(pair.num_tokens_longer for pair in pairs))
-    if (largest := batch.largest_id()) >= scorer.num_embeddings:
+    largest = max(int(ids.max(initial=0)) for pair in pairs for ids in pair.all_ids)
+    if largest >= scorer.num_embeddings:
         raise UsageError(
             f"--model: it has embeddings for {scorer.num_embeddings:,} token ids, and the pairs have the id {largest:,}: its "
             "tokenizer has more tokens than the model. Resize the embeddings and save the model again."
         )
-    return batch, scorer(batch)
 
 
 def _check_positions(scorer: PairScorer, longest: int) -> None:

@@ -176,7 +176,10 @@ def first_batch_check(setup: TrainSetup, found: Step0) -> Callable[[PairLogps, N
     Returns:
         A function of the batch's log-probs and positions that raises NumericsError; None where nothing is known of them.
     """
-    if not found.is_binding or setup.options.policy.model_dropout:
+    files = setup.policy.files
+    # Kernels of quantized layers compute something else with gradients than without.
+    is_quantized = files is not None and files.quantization is not None
+    if not found.is_binding or is_quantized or setup.options.policy.model_dropout:
         return None
 
     def check(logps: PairLogps, positions: NDArray[np.int64]) -> None:

@@ -229,7 +229,7 @@ def break_in(step: int, patch: pytest.MonkeyPatch) -> None:
 
     def broken(trainer: Trainer, number: int) -> StepOutcome:
         if number == step:
-            raise MemoryError
+            raise RuntimeError("the machine goes down")
         return whole(trainer, number)
 
     patch.setattr(Trainer, "step", broken)

@@ -102,7 +102,7 @@ def test_a_recipe_plans(name: str, cache: Path, tmp_path: Path, dpocli: Run, mon
     assert plan["warmup_steps"] == published.get("warmup_steps", 1)
     assert not (tmp_path / "run").exists()
     if name == "dpo-anthropic-hh":
-        assert "the learning rate never comes to its peak" in dpocli(*line, "--dry-run").out
+        assert "the learning rate never reaches its peak" in dpocli(*line, "--dry-run").out
 
 
 def test_a_file_of_ones_own_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

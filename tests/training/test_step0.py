@@ -96,6 +96,7 @@ def first_batch(off: float, *, binding: bool = True, **given: bool) -> None:
     policy[2] = off * lengths[2]
     setup = SimpleNamespace(
         options=SimpleNamespace(policy=SimpleNamespace(model_dropout=given.get("model_dropout", False))),
+        policy=SimpleNamespace(files=None),
         training=SimpleNamespace(describe_rows=lambda positions: f"rows {positions.tolist()}"),
     )
     found = step0.Step0(0.0, 0.0, 0, 0.0, 3, 1e-4, is_binding=binding)
