@@ -84,6 +84,8 @@ class LayoutTrial:
 
     def padded_mismatch(self) -> str | None:
         """The region in which the padded layout differs from the oracle, on any process; None if none does."""
+        if not bool(_flat(self._oracle).isfinite().all()):
+            return None  # broken weights, which the checks of the values report with the rows
         # Rows of one sequence each are judged without the noise between compositions, which padding may have caused.
         silent = [(torch.zeros_like(chosen), torch.zeros_like(rejected)) for chosen, rejected in self._expected]
         own = self._noise if _is_sparse(self._scorer) else silent
