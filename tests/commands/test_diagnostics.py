@@ -88,7 +88,7 @@ def test_a_warning_is_said_once_whatever_happens(
             stopping_after(patch, stop_after)
             result = dpocli(*line)
         assert result.code == code, result.err
-        said.append(result.err.count("warning: Step 20: The loss still stands at ln 2"))
+        said.append(result.err.count("warning: Step 20: The loss is still at ln 2"))
     assert said == [1, 0, 0]
     assert [(warning["kind"], warning["step"]) for warning in summary_of(out)["warnings"]] == [
         ("loss stuck at ln 2", 20)

@@ -181,7 +181,7 @@ def test_values_of_another_reference_are_refused_by_field(
         *PRECOMPUTE, "--model", other_model, "--data", data / "40.jsonl", "--reuse", old, "--out", out, "--json", *dtype
     )
     assert (result.code, result.out, scored) == (4, "", []), result.err
-    assert f"--reuse {old}: its values are not those of this reference ({words})" in result.err
+    assert f"--reuse {old}: its values come from another reference ({words})" in result.err
     assert tree(old) == before
     assert not list(out.glob("rows-*"))
 
